@@ -1,0 +1,53 @@
+"""From the text of an assistant turn back to a Message. What looks like a call but is not one is an error, never prose."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from posttrain.contract.template import CALL_CLOSE, CALL_OPEN, compact_json
+from posttrain.data.records import Message, ToolCall
+from posttrain.errors import ContractError
+
+
+class MalformedCall(ContractError):
+    """An assistant turn opens a tool call and does not complete a valid one."""
+
+
+def parse_turn(text: str) -> Message:
+    """Split `content<tool_call>{...}</tool_call>...`; call ids are positional (`call_0`, `call_1`)."""
+    head, *rest = text.split(CALL_OPEN)
+    if CALL_CLOSE in head:
+        raise _malformed("a call is closed that was never opened", text)
+    calls = tuple(_call(part, index, text) for index, part in enumerate(rest))
+    return Message("assistant", head.strip() if calls else head, calls)
+
+
+def _call(part: str, index: int, text: str) -> ToolCall:
+    body, closed, after = part.partition(CALL_CLOSE)
+    if not closed:
+        raise _malformed(f"call {index} is not closed with {CALL_CLOSE}", text)
+    if after.strip():
+        raise _malformed(f"text follows call {index}", text)
+    try:
+        value = json.loads(body, object_pairs_hook=_no_duplicates)
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise _malformed(f"call {index} is not JSON ({error})", text) from error
+    if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
+        raise _malformed(f"call {index} must hold exactly `name` and `arguments`", text)
+    if not isinstance(value["name"], str) or not isinstance(value["arguments"], dict):
+        raise _malformed(f"call {index} needs a text name and object arguments", text)
+    return ToolCall(f"call_{index}", value["name"], compact_json(value["arguments"]))
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key occurs twice")
+    return dict(pairs)
+
+
+def _malformed(what: str, text: str) -> MalformedCall:
+    return MalformedCall(
+        what, where="assistant turn", value=text, remedy="constrain the turn with a grammar, or train on more tool trajectories"
+    )

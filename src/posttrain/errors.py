@@ -1,0 +1,79 @@
+"""One exception tree. Every message says what failed, where, with which value, and what to do about it."""
+
+from __future__ import annotations
+
+
+class PosttrainError(Exception):
+    """Base of everything posttrain raises on purpose.
+
+    A message is built from four parts so that none is forgotten: `what` happened, `where` (file, row, key, release),
+    `value` as it was found, and the `remedy`. The parts stay readable as attributes for programs.
+    """
+
+    def __init__(self, what: str, *, where: str | None = None, value: object = None, remedy: str | None = None) -> None:
+        self.what, self.where, self.value, self.remedy = what, where, value, remedy
+        parts = [what if where is None else f"{where}: {what}"]
+        if value is not None:
+            shown = repr(value)
+            parts.append(f"got {shown if len(shown) <= 200 else shown[:197] + '...'}")
+        if remedy is not None:
+            parts.append(remedy)
+        super().__init__("; ".join(parts))
+
+
+class DataError(PosttrainError, ValueError):
+    """A record, a pair, a task or a file of them is malformed."""
+
+
+class RecipeError(PosttrainError, ValueError):
+    """The recipe names an unknown key, a wrong type, or a combination that cannot run."""
+
+
+class ContractError(PosttrainError, ValueError):
+    """A template, tokenizer or lock does not match what the artifact was made with."""
+
+
+class PreflightError(PosttrainError, ValueError):
+    """Data and contract are each valid, but training on them would be wrong (nothing to learn, too long)."""
+
+
+class GrammarError(PosttrainError, ValueError):
+    """A schema or grammar cannot be compiled or cannot be enforced."""
+
+
+class BaseModelError(PosttrainError, FileNotFoundError):
+    """The base model named in a recipe or release cannot be found or is not what was expected."""
+
+
+class CheckpointError(PosttrainError, RuntimeError):
+    """A checkpoint is missing a part, was made by another run, or was altered."""
+
+
+class StorageError(PosttrainError, OSError):
+    """The disk is full, the folder is not writable, or a file vanished while it was used."""
+
+
+class IntegrityError(PosttrainError, RuntimeError):
+    """An artifact's bytes do not match its manifest: altered, truncated or swapped."""
+
+
+class BindingError(PosttrainError, ValueError):
+    """An adapter is asked to run on a parent other than the exact one it was trained on."""
+
+
+class GateError(PosttrainError, RuntimeError):
+    """A release was asked to be promoted without a passed verdict and without a recorded override."""
+
+
+class RegistryError(PosttrainError, KeyError):
+    """An unknown release or channel."""
+
+    __str__ = Exception.__str__  # KeyError would show repr(message)
+
+
+class PermissionDenied(PosttrainError, PermissionError):
+    """A tenant, a user or a tool call lies outside what its policy permits."""
+
+
+class VerifierError(PosttrainError, RuntimeError):
+    """A verifier could not judge. The episode is then unscored, never passed."""

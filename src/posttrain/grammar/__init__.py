@@ -1,0 +1,16 @@
+"""Grammar: from a schema, or from a turn's tools and answer, to the mask of tokens that may come next."""
+
+from posttrain.grammar.matcher import Grammar, GrammarEngine, Matcher, allowed_counts, forced_rows
+from posttrain.grammar.turn import CALL_CLOSE, CALL_OPEN, json_grammar, turn_grammar
+
+__all__ = [
+    "CALL_CLOSE",
+    "CALL_OPEN",
+    "Grammar",
+    "GrammarEngine",
+    "Matcher",
+    "allowed_counts",
+    "forced_rows",
+    "json_grammar",
+    "turn_grammar",
+]

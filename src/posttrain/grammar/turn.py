@@ -1,0 +1,100 @@
+"""Grammars of what an assistant may say: a JSON document, or one turn with tool calls or an answer.
+
+White space is fixed to what training writes (`,` and `:` alone): with free white space a small model can loop in it for ever.
+Objects are written in the order in which their schema lists the properties.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jsonschema_rs
+
+from posttrain.data.records import ToolSpec
+from posttrain.errors import GrammarError
+from posttrain.grammar.matcher import Grammar
+
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # as the contract writes them; a test holds the two together
+
+_OPTIONS = {"whitespace_flexible": False, "item_separator": ",", "key_separator": ":", "lenient": False}
+_HEAD = "%llguidance {}"
+# Text that contains a call's marker would be read as a broken call, so a free answer cannot contain one.
+_TEXT = r"TEXT: /(?s:.+)/ & ~/(?s:.*)<\/?tool_call>(?s:.*)/"
+
+
+def json_grammar(schema: Mapping[str, Any]) -> Grammar:
+    """One compact JSON document that the schema accepts. An empty schema means any JSON.
+
+    Formats (`date`, `email`, ...) are enforced as syntax only: 2023-02-29 passes as a date, so a parsed value is checked again.
+    Raises GrammarError that names a keyword which cannot be enforced while decoding.
+    """
+    grammar = Grammar(f"{_HEAD}\nstart: %json {_schema_text(schema, 'schema')}\n")
+    grammar.check("schema")
+    return grammar
+
+
+def turn_grammar(tools: Sequence[ToolSpec], answer_schema: Mapping[str, Any] | None, *, max_calls: int = 2) -> Grammar:
+    """One assistant turn: 1 to `max_calls` calls of the given tools, each with its own arguments' schema, or one answer.
+
+    The answer matches `answer_schema`; without one it is any text that is not empty. Without tools it is the only choice.
+    Raises GrammarError for two tools of one name, and for a schema that cannot be enforced, naming the tool and the keyword.
+    """
+    if max_calls < 1:
+        raise GrammarError("a turn needs room for a call", where="max_calls", value=max_calls, remedy="allow at least one")
+    names = [tool.name for tool in tools]
+    if len(set(names)) != len(names):
+        raise GrammarError("two tools share a name", where="tools", value=names, remedy="name every tool once")
+    rules = [_HEAD, "start: calls | answer" if tools else "start: answer"]
+    if tools:
+        rules.append(f"calls: call{{1,{max_calls}}}")
+        rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
+    for index, tool in enumerate(tools):
+        head = f'{CALL_OPEN}{{"name":{json.dumps(tool.name, ensure_ascii=False)},"arguments":'
+        rules.append(f"call_{index}: {_literal(head)} arguments_{index} {_literal('}' + CALL_CLOSE)}")
+        rules.append(f"arguments_{index}: %json {_arguments_text(tool)}")
+    rules += (
+        ["answer: TEXT", _TEXT] if answer_schema is None else [f"answer: %json {_schema_text(answer_schema, 'answer schema')}"]
+    )
+    grammar = Grammar("\n".join(rules) + "\n")
+    try:
+        grammar.check("turn")
+    except GrammarError:
+        _blame(tools, answer_schema)
+        raise
+    return grammar
+
+
+def _blame(tools: Sequence[ToolSpec], answer_schema: Mapping[str, Any] | None) -> None:
+    """Raise the error of the part that does not compile: the whole grammar's error names a line, not a tool."""
+    for tool in tools:
+        Grammar(f"{_HEAD}\nstart: %json {_arguments_text(tool)}\n").check(f"tool {tool.name}")
+    if answer_schema is not None:
+        Grammar(f"{_HEAD}\nstart: %json {_schema_text(answer_schema, 'answer schema')}\n").check("answer schema")
+
+
+def _arguments_text(tool: ToolSpec) -> str:
+    kind = tool.parameters.get("type", "object")
+    if kind != "object":
+        raise GrammarError(
+            "the parameters of a tool must be an object",
+            where=f"tool {tool.name}",
+            value=kind,
+            remedy='write its schema as {"type": "object", "properties": {...}}',
+        )
+    return _schema_text({**tool.parameters, "type": "object"}, f"tool {tool.name}")
+
+
+def _schema_text(schema: Mapping[str, Any], where: str) -> str:
+    """The schema as one line, with our own separators: options hidden in a schema could switch the enforcement off."""
+    try:
+        jsonschema_rs.validator_for(dict(schema), offline=True)
+        return json.dumps({**schema, "x-guidance": _OPTIONS}, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise GrammarError(f"is not a JSON Schema: {reason}", where=where, remedy="correct the schema") from error
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)

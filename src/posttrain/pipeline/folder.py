@@ -1,0 +1,95 @@
+"""The run folder: what a run has done so far, as files. A stage is done when its `done.json` exists; everything else can be redone."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RecipeError
+from posttrain.files import ChainLog
+from posttrain.files.atomic import write_json, write_text
+from posttrain.recipe import Recipe
+
+_LIBRARIES = ("posttrain", "torch", "transformers", "peft", "accelerate", "llguidance", "safetensors", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """`OUTPUT/NAME`. Opening it with a recipe of another hash is an error: a run's results belong to one recipe."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, recipe: Recipe) -> RunFolder:
+        import yaml
+
+        folder = cls(Path(recipe.output) / recipe.name)
+        folder.root.mkdir(parents=True, exist_ok=True)
+        note = folder.root / "run.json"
+        if note.exists():
+            known = json.loads(note.read_text("utf-8"))
+            if known["recipe_sha256"] != recipe.hash:
+                raise RecipeError("this run was started with another recipe", where=str(folder.root), value=recipe.hash[:12],
+                                  remedy="give the run another name (name=...), or delete its folder")
+        else:
+            write_text(folder.root / "recipe.resolved.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+            write_json(note, {"recipe_sha256": recipe.hash, "versions": versions()})
+        return folder
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return dict(json.loads((self.root / "run.json").read_text("utf-8"))["versions"])
+
+    def stage(self, name: str) -> Path:
+        path = self.root / "stages" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def done(self, name: str) -> dict[str, Any] | None:
+        path = self.root / "stages" / name / "done.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+    def finish(self, name: str, value: Mapping[str, Any]) -> None:
+        write_json(self.stage(name) / "done.json", dict(value))
+
+    def metrics(self) -> ChainLog:
+        return ChainLog(self.root / "metrics.jsonl", sync=False)
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds by part ('data', 'train', 'sample', 'evaluate', ...) of one stage, resumable: earlier seconds can be carried in."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time spent inside counts for `name` and not for the part around it."""
+        start, before = time.monotonic(), sum(self.parts.values())
+        try:
+            yield
+        finally:
+            inner = sum(self.parts.values()) - before
+            self.parts[name] = self.parts.get(name, 0.0) + time.monotonic() - start - inner
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+
+def peak_memory_mb() -> float:
+    """Largest resident set of this process so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 / (1024 if platform.system() == "Darwin" else 1)
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _LIBRARIES}}

@@ -1,0 +1,81 @@
+"""The registry of a runs folder, as people and programs read it, and the moves they make in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from posttrain.errors import RegistryError
+from posttrain.releases import Channels, Override, Registry
+
+
+def open_registry(runs: Path) -> tuple[Registry, Channels]:
+    """`RUNS/registry`. RegistryError when there is none yet."""
+    root = runs / "registry"
+    if not root.is_dir():
+        raise RegistryError(
+            "there is no registry here", where=str(root), remedy="run a recipe first, or name its folder with --runs"
+        )
+    registry = Registry(root)
+    return registry, Channels(registry)
+
+
+def registry_view(runs: Path) -> dict[str, Any]:
+    """Releases, candidates, channels and history as plain data."""
+    registry, channels = open_registry(runs)
+    return {
+        "releases": [
+            {
+                "id": release.id, "stage": release.lineage.stage, "kind": release.lineage.kind.value, "tenant": release.lineage.tenant,
+                "parent": release.lineage.parent.release, "runs_on": release.runs_on, "overridden": release.override is not None,
+            }
+            for release in registry.list()
+        ],
+        "candidates": [
+            {"id": item.id, "stage": item.lineage.stage, "verdict": item.verdict.outcome.value, "weights_kept": item.weights} for item in registry.candidates()
+        ],
+        "channels": dict(channels.pointers()),
+        "history": [
+            {"at": move.at, "action": move.action.value, "channel": move.channel, "release": move.release, "previous": move.previous, "by": move.by, "why": move.why}
+            for move in channels.history()
+        ],
+    }  # fmt: skip
+
+
+def registry_lines(view: dict[str, Any]) -> list[str]:
+    """The same for people."""
+    pointed: dict[str, list[str]] = {}
+    for channel, release in view["channels"].items():
+        pointed.setdefault(release, []).append(channel)
+    lines = ["releases"]
+    for item in view["releases"]:
+        where = f"  <- {', '.join(pointed[item['id']])}" if item["id"] in pointed else ""
+        parent = item["parent"] or "base"
+        lines.append(
+            f"  {item['id']}  {item['kind']:7}  {item['stage']:12}  parent {parent}{'  overridden' if item['overridden'] else ''}{where}"
+        )
+    lines.append("candidates that did not pass")
+    lines += [f"  {item['id']}  {item['stage']:12}  {item['verdict']}" for item in view["candidates"]] or ["  none"]
+    lines.append("history")
+    lines += [
+        f"  {move['at']}  {move['action']:8}  {move['channel']} -> {move['release']}  by {move['by']}: {move['why']}"
+        for move in view["history"]
+    ]
+    return lines
+
+
+def promote_release(runs: Path, channel: str, release: str, *, by: str, why: str, override: bool) -> list[str]:
+    """Promote; with `override` a kept candidate becomes a release on a person's name first. Returns lines to print."""
+    registry, channels = open_registry(runs)
+    if override:
+        release = registry.accept(release, Override.now(by, why)).id
+    before = channels.pointers().get(channel)
+    channels.promote(channel, release, by, why)
+    lines = [f"{channel}: {before or 'nothing'} -> {release}"]
+    if before is not None and before != release:
+        stale = registry.stale_adapters(before, release)
+        lines += [
+            f"must be made again on the new parent: {item.id} ({item.lineage.stage}{f', {item.lineage.tenant}' if item.lineage.tenant else ''})"
+            for item in stale
+        ]
+    return lines

@@ -1,0 +1,68 @@
+"""A model in memory, ready to sample and to score: policy, contract, grammar engine and sampler over one weights folder."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from posttrain.contract import Contract
+from posttrain.grammar.matcher import GrammarEngine
+from posttrain.policy.policy import Policy
+from posttrain.sampling import LocalSampler
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Runtime:
+    """Everything a stage, a suite or a server needs of one set of base weights."""
+
+    policy: Policy
+    contract: Contract
+    sampler: LocalSampler
+
+    @classmethod
+    def of(cls, policy: Policy, contract: Contract) -> Runtime:
+        vocabulary = policy.head.vocabulary
+        grammar = GrammarEngine(contract.tokenizer, vocabulary, contract.end_of_turn)
+        return cls(policy, contract, LocalSampler(policy, contract.end_of_turn, grammar))
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Runtime:
+        """Contract first: a wrong lock is refused before any weight is read."""
+        contract = Contract.load(folder)
+        return cls.of(Policy.load(folder, dtype), contract)
+
+
+def prepare_process(threads: int | None) -> int:
+    """Once per process: threads for matrix products (the recipe's number, else POSTTRAIN_THREADS, else all cores), and a C heap
+    that keeps what it has. Returns the number of threads."""
+    _keep_heap()
+    return set_threads(threads)
+
+
+def _keep_heap() -> None:
+    """Tell glibc not to hand freed memory back: every step frees and allocates the same activations, and faulting the pages in again
+    took up to half of a training step on virtual machines (docs/performance.md). No effect on other C libraries."""
+    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20), (arena_max, 1)):
+        mallopt(option, value)
+
+
+def set_threads(count: int | None) -> int:
+    """Threads for matrix products; returns what is in force."""
+    named = os.environ.get("POSTTRAIN_THREADS")
+    wanted = count or (int(named) if named and named.isdigit() else os.cpu_count() or 1)
+    torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
+def parse_dtype(name: str) -> torch.dtype | None:
+    """'auto' -> None (measured on this machine when the weights are loaded)."""
+    return {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}[name]

@@ -1,0 +1,242 @@
+"""The policy: one set of base weights with named LoRA adapters. The reference model is the same policy, adapters off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.errors import BaseModelError, BindingError
+from posttrain.policy.attention import NAME, TreeAttention
+from posttrain.policy.head import Head
+from posttrain.policy.pack import Pack
+from posttrain.policy.weights import fingerprint
+
+# Layers whose attention is not attention over tokens cannot run a tree; they are refused by name until rows are supported.
+_TREE_UNSAFE = ("mamba", "rwkv", "recurrent", "conv", "ssm", "linear_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """Hu 2021: W' = W + (alpha / r) B A. `targets` 'all-linear' adapts every linear layer but the output head."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | tuple[str, ...] = "all-linear"
+    rslora: bool = False
+
+
+class Policy:
+    """Base weights, frozen, plus adapters. Tokens of a pack in, hidden states and log-probabilities out."""
+
+    def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
+        self._refuse_unsafe(model.config)
+        self.base: Any = model
+        self.model: Any = model  # becomes the PEFT wrapper with the first adapter
+        self.folder = folder
+        self._fingerprint: str | None = None
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.base.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
+        self.base.set_attn_implementation(NAME)
+        self.head = Head.of(model)
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Policy:
+        """Load a Hugging Face folder (safetensors only). `dtype` is the compute type; None measures (see `weights.fast_dtype`)."""
+        from transformers import AutoModelForCausalLM
+
+        from posttrain.policy.weights import fast_dtype
+
+        quiet_transformers()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype or fast_dtype(device), use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise BaseModelError(
+                f"the model could not be loaded ({error})",
+                where=str(folder),
+                remedy="name a Hugging Face folder with safetensors weights",
+            ) from error
+        return cls(model.to(device), folder)
+
+    @staticmethod
+    def _refuse_unsafe(config: Any) -> None:
+        kinds = [str(kind) for kind in getattr(config, "layer_types", None) or [getattr(config, "model_type", "")]]
+        bad = sorted({kind for kind in kinds if any(word in kind for word in _TREE_UNSAFE)})
+        if bad:
+            raise BaseModelError(
+                "this architecture mixes tokens outside attention, so prefix-tree packs are not exact for it",
+                where="config",
+                value=bad,
+                remedy="use a decoder whose layers all use attention (Llama, Qwen2/3, Gemma 3, Mistral, ...)",
+            )
+
+    # -- identity ------------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.base.parameters())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.base.parameters())).device
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the base weights as stored (bf16): what an adapter is bound to."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self.base)
+        return self._fingerprint
+
+    # -- adapters ------------------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(getattr(self.model, "peft_config", {}))
+
+    def add_adapter(self, name: str, options: LoraOptions, seed: int) -> None:
+        """A fresh adapter: A Kaiming-uniform, B zero, so the policy starts equal to its base bit for bit."""
+        from peft import LoraConfig, get_peft_model
+
+        targets = options.targets if isinstance(options.targets, str) else list(options.targets)
+        config = LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,
+            target_modules=targets,
+            use_rslora=options.rslora,
+            lora_dropout=0.0,
+            bias="none",
+            task_type="CAUSAL_LM",
+        )  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if self.adapters:
+                self.model.add_adapter(name, config, autocast_adapter_dtype=False)
+            else:
+                self.model = get_peft_model(self.base, config, adapter_name=name, autocast_adapter_dtype=False)
+        self.model.eval()
+        for parameter in self.adapter_parameters(name).values():
+            parameter.requires_grad_(False)
+        self.use(name)
+
+    def load_adapter(self, name: str, folder: Path, expected_parent: str | None = None) -> None:
+        """Load a PEFT folder under `name`; refuse it when it was trained on other weights than these."""
+        if expected_parent is not None and expected_parent != self.fingerprint:
+            raise BindingError(
+                "the adapter was trained on another parent",
+                where=str(folder),
+                value=self.fingerprint,
+                remedy=f"load it on the parent {expected_parent}, or train it again on this one",
+            )
+        from peft import PeftModel
+
+        if self.adapters:
+            self.model.load_adapter(str(folder), name, autocast_adapter_dtype=False)
+        else:
+            self.model = PeftModel.from_pretrained(self.base, str(folder), adapter_name=name, autocast_adapter_dtype=False)
+        for parameter in self.adapter_parameters(name).values():
+            parameter.data = parameter.data.to(self.dtype)
+            parameter.requires_grad_(False)
+        self.model.eval()
+        self.use(name)
+
+    def save_adapter(self, name: str, folder: Path, base_name: str) -> None:
+        """Write a PEFT folder (adapter_config.json, adapter_model.safetensors in bf16)."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            key: value.detach().to(torch.bfloat16).contiguous()
+            for key, value in get_peft_model_state_dict(self.model, adapter_name=name).items()
+        }
+        save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = self.model.peft_config[name]
+        previous, config.base_model_name_or_path, config.inference_mode = config.base_model_name_or_path, base_name, True
+        config.save_pretrained(str(folder))
+        config.base_model_name_or_path, config.inference_mode = previous, False
+
+    def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        return {key: p for key, p in self.model.named_parameters() if f".{name}." in key}
+
+    def remove_adapters(self) -> None:
+        """Back to the bare base weights."""
+        if self.adapters:
+            self.base = self.model.unload()
+            self.model = self.base
+            self.head = Head.of(self.base)
+
+    def use(self, name: str | None) -> None:
+        """Make one adapter active, or none."""
+        if not self.adapters:
+            assert name is None, f"no adapter {name!r}"
+            return
+        if name is not None and name not in self.adapters:
+            raise BindingError(
+                "the policy holds no such adapter", where="policy", value=name, remedy=f"loaded: {', '.join(self.adapters)}"
+            )
+        # PEFT turns gradients on and off as it switches; who trains what is the learner's business, so put it back
+        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        for layer in self._lora_layers():
+            layer.enable_adapters(name is not None)
+            if name is not None:
+                layer.set_adapter(name)
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+    def _lora_layers(self) -> list[Any]:
+        if not self.adapters:
+            return []
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+
+    @contextmanager
+    def only_base(self) -> Iterator[None]:
+        """The reference: the same weights with every adapter off, no gradients."""
+        layers = self._lora_layers()
+        before = [layer._disable_adapters for layer in layers]
+        # set directly: enable_adapters would also touch requires_grad
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for layer, value in zip(layers, before, strict=True):
+                layer._disable_adapters = value
+
+    # -- computing -----------------------------------------------------------------------------------------------------
+
+    def hidden(self, pack: Pack, sink: dict[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
+        """Final hidden states [T, hidden] of every token of the pack."""
+        return self.forward(pack.ids.to(self.device), pack.positions.to(self.device), TreeAttention(pack, sink))
+
+    def forward(self, ids: Tensor, positions: Tensor, context: object) -> Tensor:
+        """One pass over flat tokens: ids, positions [T] -> hidden [T, hidden]; `context` computes the attention."""
+        body = self.base.base_model
+        out = body(input_ids=ids[None], position_ids=positions[None], use_cache=False, posttrain_context=context)
+        return out.last_hidden_state[0]
+
+    def logprobs(self, pack: Pack, chunk: int = 256) -> Tensor:
+        """log pi(target | its prefix) [N] float32 of every prediction of the pack; differentiable when an adapter trains."""
+        return self.head.logprobs(self.hidden(pack)[pack.rows.to(self.device)], pack.targets.to(self.device), chunk)
+
+
+def quiet_transformers() -> None:
+    """Progress bars of the loading libraries are noise beside our own."""
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()

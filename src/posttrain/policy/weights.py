@@ -1,0 +1,121 @@
+"""Weights: what they hash to, which number type computes fastest here, merging an adapter, cutting a student."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 over the bf16 bytes of every base parameter, sorted by name (adapters left out, tied weights once)."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base_parameters(model).items()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Base parameters under their Hugging Face names, also while PEFT has wrapped the layers."""
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            found[name.replace(".base_layer.", ".").removeprefix("base_model.model.")] = parameter
+    return found
+
+
+@cache
+def fast_dtype(device: str = "cpu") -> torch.dtype:
+    """bf16 or fp32, whichever multiplies a training-shaped matrix faster on this machine.
+
+    CPUs with AMX or AVX512-BF16 are several times faster in bf16; without them bf16 is emulated and several times slower.
+    `POSTTRAIN_DTYPE` (bfloat16 | float32) decides instead of the measurement.
+    """
+    import os
+
+    named = os.environ.get("POSTTRAIN_DTYPE")
+    if named:
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[named]
+    if device != "cpu":
+        return torch.bfloat16
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    x, w = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[2]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeParity:
+    """How far a merged model is from base + adapter: on probe hidden rows, in natural-log units."""
+
+    max_abs_logprob_difference: float
+    mean_abs_logprob_difference: float
+    probes: int
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def merge_adapter(policy: Any, name: str) -> None:
+    """W <- round_bf16(W + s B A), added in fp32 and rounded once (objectives.md 2.1); the adapters are dropped afterwards."""
+    for module in policy.model.modules():
+        if name in getattr(module, "lora_A", {}):
+            weight = module.get_base_layer().weight
+            a, b = module.lora_A[name].weight.float(), module.lora_B[name].weight.float()
+            merged = weight.float() + module.scaling[name] * (b @ a)
+            weight.copy_(merged.to(torch.bfloat16).to(weight.dtype))
+    policy.remove_adapters()
+    policy._fingerprint = None
+
+
+def save_dense(model: Any, folder: Path) -> None:
+    """Write a Hugging Face folder with bf16 safetensors (the stored type of every release)."""
+    state: dict[str, Tensor] = {
+        name: p.detach().to("cpu", torch.bfloat16).contiguous() for name, p in base_parameters(model).items()
+    }
+    config = model.config
+    before = config.dtype
+    config.dtype = torch.bfloat16
+    model.save_pretrained(folder, state_dict=state)
+    config.dtype = before
+
+
+@torch.no_grad()
+def cut_layers(model: Any, keep: tuple[int, ...]) -> Any:
+    """A student with the same embeddings and head and the layers `keep` of the teacher, copied."""
+    import copy
+
+    layers = model.base_model.layers
+    assert keep and all(0 <= i < len(layers) for i in keep), f"layers {keep} of {len(layers)}"
+    student_config = copy.deepcopy(model.config)
+    student_config.num_hidden_layers = len(keep)
+    if getattr(student_config, "layer_types", None):
+        student_config.layer_types = [student_config.layer_types[i] for i in keep]
+    student = type(model)(student_config).to(next(model.parameters()).dtype)
+    source = base_parameters(model)
+    renumber = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(keep)}
+    for target_name, parameter in student.named_parameters():
+        name = target_name
+        for new, old in renumber.items():
+            if new in target_name:
+                name = target_name.replace(new, old)
+                break
+        parameter.copy_(source[name])
+    student.tie_weights()
+    return student

@@ -1,0 +1,47 @@
+"""The sampler protocol: tokens in, tokens out. Local, server and cluster engines answer the same two calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from posttrain.data.records import StopReason
+from posttrain.grammar.matcher import Grammar
+
+
+@dataclass(frozen=True, slots=True)
+class SampleOptions:
+    """How to draw. temperature 0 is greedy. Truncation is applied after the grammar mask and the temperature."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One continuation to draw. The same request and seed give the same tokens whatever else shares the batch,
+    up to the rounding of differently shaped matrix products (docs/architecture.md says what holds where)."""
+
+    prompt: tuple[int, ...]
+    seed: int
+    options: SampleOptions = SampleOptions()
+    grammar: Grammar | None = None
+    adapter: str | None = None  # a name the policy knows; None = base
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One continuation. `ids` includes the end-of-turn token when `stop` is END_OF_TURN. Logs are natural, float32."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # under the full, untempered distribution
+    sampled_logprobs: tuple[float, ...]  # under the distribution drawn from
+    forced: tuple[bool, ...]  # the grammar allowed exactly one token here
+    stop: StopReason
+
+
+class Sampler(Protocol):
+    def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]: ...

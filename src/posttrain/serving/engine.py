@@ -1,0 +1,214 @@
+"""From a chat request to an answer: render, sample under a grammar, parse. The same road evaluation takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+import jsonschema_rs
+
+from posttrain.contract import CALL_OPEN, MalformedCall
+from posttrain.data.records import Message, StopReason, ToolSpec
+from posttrain.errors import ContractError, DataError, PosttrainError
+from posttrain.grammar import Grammar, json_grammar, turn_grammar
+from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
+
+
+class Finish(StrEnum):
+    """Why an answer ended, in OpenAI's words."""
+
+    STOP = "stop"  # the model closed its turn, or a stop text was reached
+    LENGTH = "length"  # the budget was spent: the text is a prefix and none of its calls may be run
+    TOOL_CALLS = "tool_calls"  # the turn asks for the calls it carries
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """One answer to draw. `response_schema` None means free text; `stop` texts cut the content where they
+    first occur; `max_calls` bounds the tool calls of the turn."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[ToolSpec, ...] = ()
+    response_schema: Mapping[str, Any] | None = None
+    adapter: str | None = None
+    options: SampleOptions = field(default_factory=SampleOptions)
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    max_calls: int = 2
+
+    def on(self, adapter: str | None) -> CompletionRequest:
+        """The same request for one adapter (None: the dense weights themselves)."""
+        return replace(self, adapter=adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer. Tokens are counted as the model read and wrote them, the end-of-turn token included."""
+
+    message: Message
+    finish: Finish
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Engine(Protocol):
+    """What the server asks of a model. Called by one thread only."""
+
+    def complete(self, requests: Sequence[CompletionRequest], abandoned: Callable[[], bool]) -> list[Completion | PosttrainError]:
+        """One entry per request, in order; a request that cannot be answered has its error in its own place.
+
+        `abandoned` turns true when nobody waits for any of them any more: the engine may then stop early and raise Abandoned.
+        """
+        ...
+
+
+class Abandoned(PosttrainError):
+    """Every client of a batch went away."""
+
+
+class InvalidAnswer(PosttrainError):
+    """The model finished an answer or a call that its schema does not accept."""
+
+
+class Turns(Protocol):
+    """The part of a Contract an engine uses."""
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]: ...
+
+    def parse(self, ids: Sequence[int]) -> Message: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class ContractEngine:
+    """Answers through a contract and a sampler. With tools or a schema the turn is constrained: valid, or a prefix."""
+
+    def __init__(self, contract: Turns, sampler: Sampler, context: int) -> None:
+        """`context` is the number of tokens the model can hold, prompt and answer together."""
+        self.contract, self.sampler, self.context = contract, sampler, context
+
+    def complete(self, requests: Sequence[CompletionRequest], abandoned: Callable[[], bool]) -> list[Completion | PosttrainError]:
+        """See `Engine.complete`."""
+        prepared = [self._prepare(request) for request in requests]
+        runnable = [item for item in prepared if isinstance(item, SampleRequest)]
+        samples = iter(self._sample(runnable, abandoned))
+        return [
+            item if isinstance(item, PosttrainError) else self._answer(request, item, next(samples))
+            for request, item in zip(requests, prepared, strict=True)
+        ]
+
+    def _prepare(self, request: CompletionRequest) -> SampleRequest | PosttrainError:
+        try:
+            prompt = tuple(self.contract.prompt_ids(request.messages, request.tools))
+            if len(prompt) + request.options.max_tokens > self.context:
+                raise DataError(
+                    f"the prompt has {len(prompt)} tokens and the answer may have {request.options.max_tokens}",
+                    where="messages",
+                    remedy=f"together they must fit into {self.context}: shorten the messages or lower max_tokens",
+                )
+            return SampleRequest(prompt, request.seed, request.options, _grammar(request), request.adapter)
+        except ContractError as error:  # the messages cannot be rendered: the request's fault, not the artifact's
+            return DataError(error.what, where="messages", value=error.value, remedy=error.remedy)
+        except PosttrainError as error:
+            return error
+
+    def _sample(self, requests: list[SampleRequest], abandoned: Callable[[], bool]) -> list[Sample | PosttrainError]:
+        """One bad grammar must not fail its neighbours: a failed batch is drawn again one by one (same seeds, same draws)."""
+
+        def progress(_tokens: int) -> None:
+            if abandoned():
+                raise Abandoned("every client of the batch went away", where="engine")
+
+        if not requests:
+            return []
+        try:
+            return list(self.sampler.sample(requests, progress))
+        except Abandoned:
+            raise
+        except PosttrainError as error:
+            if len(requests) == 1:
+                return [error]
+            return [self._sample([request], abandoned)[0] for request in requests]
+
+    def _answer(
+        self, request: CompletionRequest, drawn: SampleRequest, sample: Sample | PosttrainError
+    ) -> Completion | PosttrainError:
+        if isinstance(sample, PosttrainError):
+            return sample
+        counts = (len(drawn.prompt), len(sample.ids))
+        if sample.stop is not StopReason.END_OF_TURN:
+            return self._prefix(request, sample, counts)
+        try:
+            message = _offered(self.contract.parse(sample.ids), request.tools)
+        except PosttrainError as error:
+            return error
+        message, was_cut = _cut(message, request.stop)
+        broken = None if was_cut else _broken_rule(message, request)
+        if broken is not None:
+            return broken
+        return Completion(message, Finish.TOOL_CALLS if message.tool_calls else Finish.STOP, *counts)
+
+    def _prefix(self, request: CompletionRequest, sample: Sample, counts: tuple[int, int]) -> Completion:
+        """An answer cut by its budget: its text as it stands and no calls, unless a stop text came first."""
+        text = self.contract.decode(sample.ids)
+        content, _, _ = text.partition(CALL_OPEN)
+        message, was_cut = _cut(Message("assistant", content), request.stop)
+        return (
+            Completion(message, Finish.STOP, *counts)
+            if was_cut
+            else Completion(Message("assistant", text), Finish.LENGTH, *counts)
+        )
+
+
+def _grammar(request: CompletionRequest) -> Grammar | None:
+    if request.tools:
+        return turn_grammar(request.tools, request.response_schema, max_calls=request.max_calls)
+    return None if request.response_schema is None else json_grammar(request.response_schema)
+
+
+def _offered(message: Message, tools: Sequence[ToolSpec]) -> Message:
+    """The message, or MalformedCall when it calls a tool the request did not offer, or says nothing at all."""
+    names = {tool.name for tool in tools}
+    for call in message.tool_calls:
+        if call.name not in names:
+            raise MalformedCall(
+                "the model called a tool the request does not offer",
+                where="assistant turn",
+                value=call.name,
+                remedy=f"offered: {', '.join(sorted(names)) or 'none'}; add it to `tools`, or train the model without it",
+            )
+    if not message.tool_calls and not message.content.strip():
+        raise MalformedCall(
+            "the model closed its turn without an answer",
+            where="assistant turn",
+            remedy="ask for a json_schema, or try another seed",
+        )
+    return message
+
+
+def _broken_rule(message: Message, request: CompletionRequest) -> InvalidAnswer | None:
+    """What decoding enforces as syntax only (the 29th of February of 2023 looks like a date) is checked on the parsed values."""
+    schemas = {tool.name: tool.parameters for tool in request.tools}
+    checks = [(call.name, call.arguments, schemas[call.name]) for call in message.tool_calls]
+    if not checks and request.response_schema is not None:
+        checks = [("answer", message.content, request.response_schema)]
+    for where, text, schema in checks:
+        try:
+            jsonschema_rs.validator_for(dict(schema), validate_formats=True, offline=True).validate(json.loads(text))
+        except ValueError as error:  # JSONDecodeError and jsonschema_rs.ValidationError are ValueErrors
+            why = str(error).partition("\n")[0]
+            return InvalidAnswer(
+                f"the model's answer breaks its schema ({why})", where=where, remedy="try another seed, or relax the schema"
+            )
+    return None
+
+
+def _cut(message: Message, stop: Sequence[str]) -> tuple[Message, bool]:
+    """Content up to the first stop text; calls come after the content, so a cut turn has none."""
+    places = [place for place in (message.content.find(text) for text in stop) if place >= 0]
+    if not places:
+        return message, False
+    return replace(message, content=message.content[: min(places)], tool_calls=()), True

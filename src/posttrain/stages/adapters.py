@@ -1,0 +1,32 @@
+"""Stage 2, parameter-efficient specialisation: one small adapter per tenant on the one accepted base, from the tenant's own data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from posttrain.data.records import Conversation
+from posttrain.errors import DataError
+from posttrain.stages import sft
+from posttrain.stages.bench import Workbench, derive
+
+AdapterOptions = sft.SftOptions
+
+
+def run(options: AdapterOptions, by_tenant: Mapping[str, Sequence[Conversation]], bench: Workbench) -> dict[str, str | None]:
+    """Train one adapter per tenant, named after it, each from that tenant's records only. Returns early-stop reasons by tenant.
+
+    A record of another tenant in a tenant's data is an error: the adapter would carry it across the boundary.
+    """
+    stopped = {}
+    for tenant, conversations in by_tenant.items():
+        strangers = [c.id for c in conversations if c.tenant != tenant]
+        if strangers:
+            raise DataError(
+                f"{len(strangers)} record(s) of other tenants in the data of {tenant}: {', '.join(strangers[:3])}",
+                where=f"adapters.{tenant}",
+                remedy="give each tenant's adapter its own records only",
+            )
+        own = replace(bench, folder=bench.folder / tenant, identity=f"{bench.identity}/{tenant}", seed=derive(bench.seed, tenant))
+        stopped[tenant] = sft.run(options, conversations, own, name=tenant)
+    return stopped

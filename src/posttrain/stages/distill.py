@@ -1,0 +1,101 @@
+"""Stage 6, distillation: the same capability, cheaper. A student cut from the teacher learns its answers, then its distributions.
+
+The teacher is locked: its weights' fingerprint and its contract are recorded before and compared after, and it is never trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from posttrain.contract import Sequence as Rendered
+from posttrain.errors import IntegrityError, RecipeError
+from posttrain.objectives.distill import hinton_tokens, reduce_tokens
+from posttrain.objectives.tensors import Metrics
+from posttrain.policy.pack import fill_packs
+from posttrain.policy.policy import Policy
+from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
+from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
+from posttrain.stages.sft import SftObjective
+from posttrain.training import Learner, OptimiserOptions, Scored
+
+
+@dataclass(frozen=True, slots=True)
+class DistillOptions:
+    """layers: how many of the teacher's layers the student keeps, the first `keep_first` and the rest spread evenly to the last;
+    answers: share of the steps that learn the teacher's answers (sequence-level KD, Kim & Rush 2016) before the distributions;
+    alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015)."""
+
+    layers: int = 16
+    keep_first: int = 4
+    batch: int = 16
+    epochs: float = 1.0
+    answers: float = 0.3
+    alpha: float = 0.9
+    temperature: float = 1.0
+    optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=5e-4))
+
+
+def kept_layers(total: int, options: DistillOptions) -> tuple[int, ...]:
+    """Indices of the teacher's layers in the student: the first ones, then evenly spaced ones that end with the last."""
+    if not 2 <= options.layers <= total or not 0 <= options.keep_first < options.layers:
+        raise RecipeError(
+            "the student cannot keep that many layers",
+            where="distill.layers",
+            value=options.layers,
+            remedy=f"choose 2 to {total}, more than keep_first",
+        )
+    rest = options.layers - options.keep_first
+    spread = [round(options.keep_first + (i + 1) * (total - options.keep_first) / rest) - 1 for i in range(rest)]
+    return (*range(options.keep_first), *spread)
+
+
+def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -> Policy:
+    """Train a student of `bench.policy` (the teacher) on `taught`: the teacher's own outputs as sequences. Returns the student."""
+    teacher = bench.policy
+    locked = fingerprint(teacher.base)
+    student = Policy(cut_layers(teacher.base, kept_layers(teacher.config.num_hidden_layers, options)))
+    embedding = student.base.get_input_embeddings().weight
+    trained = {name: p for name, p in base_parameters(student.base).items() if p is not embedding}
+    plan = batches(len(taught), options.batch, options.epochs, bench.seed)
+    learner = Learner(student, trained, options.optimiser, len(plan))
+    first = round(options.answers * len(plan))
+
+    def work(step: int) -> Work:
+        sequences = [taught[i] for i in plan[step]]
+        total = learned_weight(sequences)
+        alpha = 0.0 if step < first else options.alpha
+        return Work(fill_packs(sequences, bench.pack_tokens), _Distil(teacher, total, alpha, options.temperature))
+
+    train(bench, learner, work)
+    learner.freeze()
+    if fingerprint(teacher.base) != locked:
+        raise IntegrityError(
+            "the teacher changed while it taught", where="distill", remedy="this is a defect: report it with the run folder"
+        )
+    return student
+
+
+@dataclass(frozen=True, slots=True)
+class _Distil:
+    """(1 - alpha) CE(teacher's answer) + alpha tau^2 KL(p_T || p_S), each a mean over the step's supervised tokens (objectives.md 6)."""
+
+    teacher: Policy
+    total: float
+    alpha: float
+    temperature: float
+
+    def __call__(self, scored: Scored) -> tuple[Tensor, Metrics]:
+        if self.alpha == 0:
+            return SftObjective(self.total)(scored)
+        pack = scored.pack
+        with torch.no_grad():
+            target = self.teacher.hidden(pack)[pack.rows]
+
+        def tokens(logits: Tensor, teacher_hidden: Tensor, answer: Tensor) -> Tensor:
+            return hinton_tokens(logits, self.teacher.head.logits(teacher_hidden), answer, self.temperature, self.alpha)
+
+        return reduce_tokens(scored.tokenwise(tokens, target, pack.targets), pack.weights, normaliser=self.total)

@@ -1,0 +1,91 @@
+"""Stage 3, preference alignment by DPO: better to use, on a leash. The reference is the parent: the same weights, adapter off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from posttrain.contract import Sequence as Rendered
+from posttrain.contract.preflight import preflight
+from posttrain.data.records import Preference
+from posttrain.errors import PreflightError
+from posttrain.objectives.preference import dpo, sft_term
+from posttrain.objectives.tensors import Metrics
+from posttrain.policy.pack import Pack, fill_packs
+from posttrain.policy.policy import LoraOptions
+from posttrain.stages.bench import Work, Workbench, batches, train
+from posttrain.training import Learner, OptimiserOptions, Scored
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceOptions:
+    """beta: strength of the leash (Rafailov 2023); sft: weight of an NLL term on the chosen answer, which counters the fall of its
+    likelihood; max_drift: stop when the mean per-token shift from the reference exceeds this many nats (None: never)."""
+
+    batch: int = 8
+    epochs: float = 1.0
+    beta: float = 0.1
+    sft: float = 0.0
+    max_tokens: int = 1024
+    max_drift: float | None = None
+    adapter: LoraOptions = field(default_factory=LoraOptions)
+    optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=2e-4))
+
+
+def run(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbench, name: str = "main") -> str | None:
+    """Train adapter `name` on the pairs; returns why it stopped early, if it did."""
+    sequences = check(options, pairs, bench)
+    plan = batches(len(pairs), options.batch, options.epochs, bench.seed)
+    bench.policy.add_adapter(name, options.adapter, bench.seed)
+    learner = Learner.for_adapter(bench.policy, name, options.optimiser, len(plan))
+
+    def work(step: int) -> Work:
+        chosen = [sequences[2 * pair + side] for pair in plan[step] for side in (0, 1)]
+        units = [(2 * i, 2 * i + 1) for i in range(len(plan[step]))]
+        packs = fill_packs(chosen, bench.pack_tokens, units)  # a pair's prompt once, and pairs stay pairs
+        references = {id(pack): learner.reference_logprobs(pack) for pack in packs}
+        return Work(packs, lambda scored: _objective(scored, references[id(scored.pack)], options, len(plan[step])))
+
+    stopped = train(bench, learner, work)
+    learner.freeze()
+    return stopped
+
+
+def check(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbench) -> list[Rendered]:
+    """Rendered sequences, chosen and rejected in turn. Refuses what cannot teach: over-long, mute or equal sides."""
+    sequences = [side for pair in pairs for side in bench.contract.render_preference(pair)]
+    names = [f"{pair.id} ({side})" for pair in pairs for side in ("chosen", "rejected")]
+    preflight(zip(names, sequences, strict=True), max_tokens=options.max_tokens, end_of_turn=bench.contract.end_of_turn)
+    same = [pair.id for i, pair in enumerate(pairs) if sequences[2 * i].ids.tolist() == sequences[2 * i + 1].ids.tolist()]
+    if same:
+        raise PreflightError(
+            f"{len(same)} pair(s) with equal sides: {', '.join(same[:5])}",
+            where="preference",
+            remedy="remove them: their gradient is zero",
+        )
+    return sequences
+
+
+def _objective(scored: Scored, reference: Tensor, options: PreferenceOptions, pairs: int) -> tuple[Tensor, Metrics]:
+    logp = scored.padded_logprobs()
+    mask, reference = scored.pack.mask(), scored.pack.pad(reference)
+    chosen, rejected = _sides(scored.pack)
+    sums, reference_sums = logp.sum(1), reference.sum(1)
+    loss, metrics = dpo(
+        sums[chosen], sums[rejected], reference_sums[chosen], reference_sums[rejected], options.beta, normaliser=pairs
+    )
+    if options.sft > 0:
+        loss = loss + sft_term(sums[chosen], mask.sum(1)[chosen], options.sft, normaliser=pairs)
+    # drift seen on the data, not on samples: mean |log pi - log ref| per token of the chosen answers
+    drift = (logp - reference).detach()[chosen].abs().sum() / mask[chosen].sum() * len(chosen) / pairs
+    return loss, {**metrics, "drift": drift}
+
+
+def _sides(pack: Pack) -> tuple[Tensor, Tensor]:
+    """Places of the chosen and of the rejected sequences: members 2i and 2i+1 of the step's list, which the pack kept together."""
+    place = {member: index for index, member in enumerate(pack.members)}
+    firsts = [member for member in pack.members if member % 2 == 0]
+    return torch.tensor([place[m] for m in firsts]), torch.tensor([place[m + 1] for m in firsts])

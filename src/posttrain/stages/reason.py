@@ -1,0 +1,183 @@
+"""Stage 5, verifiable reasoning: collect best-of-K that the verifier passes, learn from them, then GRPO on the verifier's score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from posttrain.contract import Sequence as Rendered
+from posttrain.data.records import Episode, Task
+from posttrain.errors import DataError
+from posttrain.objectives.advantages import centred_advantages, standardised_advantages
+from posttrain.objectives.policy_loss import PolicyTerms, dr_grpo, grpo
+from posttrain.objectives.tensors import Metrics
+from posttrain.policy.pack import fill_packs
+from posttrain.policy.policy import LoraOptions
+from posttrain.stages import sft
+from posttrain.stages.bench import Work, Workbench, batches, derive, train
+from posttrain.training import Learner, OptimiserOptions, Scored
+from posttrain.verifying.judgement import Judgement
+
+# (tasks, copies, seed, adapter) -> copies episodes of each task in order, each with its judgement (None: could not be judged)
+Play = Callable[[Sequence[Task], int, int, str | None], list[tuple[Episode, Judgement | None]]]
+
+
+@dataclass(frozen=True, slots=True)
+class CollectOptions:
+    """Rejection sampling (ReST-EM's E-step): K samples a task, the passed ones kept, at most `cap` distinct ones a task."""
+
+    tasks: int = 48
+    samples: int = 4
+    cap: int = 2
+    epochs: float = 2.0
+    batch: int = 16
+    lr: float = 8e-4
+
+
+@dataclass(frozen=True, slots=True)
+class GrpoOptions:
+    """advantage: 'grpo' (r - mean) / (std + eps) with the seq-mean-token-mean loss, as the paper; 'centred' r - mean with the constant
+    length divisor (Dr.GRPO), the chapter's form. beta weighs the k3 penalty to the parent. One update per rollout."""
+
+    steps: int = 6
+    tasks: int = 8
+    group: int = 8
+    advantage: Literal["grpo", "centred"] = "grpo"
+    beta: float = 0.0
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    max_len: int = 128
+    optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=2e-4, warmup=0.1))
+
+
+@dataclass(frozen=True, slots=True)
+class ReasonOptions:
+    """Either half may be switched off by `collect.tasks: 0` or `grpo.steps: 0`. max_kl: stop GRPO when the mean k3 estimate to the
+    parent, nats per token, exceeds it."""
+
+    adapter: LoraOptions = field(default_factory=LoraOptions)
+    collect: CollectOptions = field(default_factory=CollectOptions)
+    grpo: GrpoOptions = field(default_factory=GrpoOptions)
+    max_tokens: int = 1024
+
+
+def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str = "main") -> str | None:
+    """Train adapter `name` on tasks with a verifier; returns why it stopped early, if it did."""
+    needed = options.collect.tasks + options.grpo.steps * options.grpo.tasks
+    if len(tasks) < needed:
+        raise DataError("too few tasks for the options", where="reason.data", value=len(tasks), remedy=f"give at least {needed}")
+    bench.policy.add_adapter(name, options.adapter, bench.seed)
+    rest = list(tasks)
+    if options.collect.tasks:
+        kept = collect(options.collect, rest[: options.collect.tasks], play, bench)
+        rest = rest[options.collect.tasks :]
+        if kept:
+            fit = sft.SftOptions(
+                options.collect.batch,
+                options.collect.epochs,
+                options.max_tokens,
+                options.adapter,
+                OptimiserOptions(lr=options.collect.lr),
+            )
+            sft.fit(fit, kept, bench, name, phase="collect")
+    return improve(options.grpo, rest, play, bench, name) if options.grpo.steps else None
+
+
+def collect(options: CollectOptions, tasks: Sequence[Task], play: Play, bench: Workbench) -> list[Rendered]:
+    """Sequences of the episodes the verifier passed, capped and deduplicated per task. Sampled from the parent (adapter still zero)."""
+    played = play(tasks, options.samples, derive(bench.seed, "collect"), None)
+    kept: list[Rendered] = []
+    solved = 0
+    for start in range(0, len(played), options.samples):
+        distinct: dict[tuple[int, ...], Episode] = {}
+        for episode, judgement in played[start : start + options.samples]:
+            if judgement is not None and judgement.passed:
+                distinct.setdefault(episode.ids, episode)
+        solved += bool(distinct)
+        kept += [bench.contract.render_episode(episode) for episode in list(distinct.values())[: options.cap]]
+    passed = sum(judgement is not None and judgement.passed for _, judgement in played)
+    bench.log(
+        -1,
+        {
+            "collect_pass_share": passed / max(1, len(played)),
+            "collect_solved_share": solved / max(1, len(tasks)),
+            "collect_kept": float(len(kept)),
+        },
+    )
+    return [sequence for sequence in kept if sequence.learned]
+
+
+def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str) -> str | None:
+    """GRPO (Shao 2024, objectives.md 5.4; Dr.GRPO 5.5): on-policy, one update per rollout."""
+    learner = Learner.for_adapter(bench.policy, name, options.optimiser, options.steps)
+    plan = batches(len(tasks), options.tasks, options.steps * options.tasks / len(tasks), derive(bench.seed, "grpo"))
+
+    def work(step: int) -> Work:
+        chosen = [tasks[i] for i in plan[step]]
+        played = play(chosen, options.group, derive(bench.seed, "rollout", step), name)
+        advantages, rewards = group_advantages(options, [judgement for _, judgement in played])
+        live = [i for i in range(len(played)) if advantages[i] != 0 and played[i][0].turns]
+        metrics = {
+            "reward": float(torch.nanmean(rewards)),
+            "pass_share": _pass_share(played),
+            "groups_with_signal": _with_signal(advantages, options.group),
+        }
+        if not live:
+            return Work([], lambda scored: (scored.hidden.sum() * 0, {}), metrics)
+        sequences = [bench.contract.render_episode(played[i][0]) for i in live]
+        old = [_old_logprobs(played[i][0]) for i in live]
+        packs = fill_packs(sequences, bench.pack_tokens)
+        references = {id(p): learner.reference_logprobs(p) for p in packs}
+        return Work(packs, lambda s: _objective(s, options, old, advantages[live], references[id(s.pack)], len(played)), metrics)
+
+    stopped = train(bench, learner, work, "grpo")
+    learner.freeze()
+    return stopped
+
+
+def group_advantages(options: GrpoOptions, judgements: Sequence[Judgement | None]) -> tuple[Tensor, Tensor]:
+    """Advantages and rewards [groups * G]. An episode nobody could judge is left out of its group's statistics and gets 0."""
+    rewards = torch.tensor([float("nan") if j is None else j.score for j in judgements])
+    groups = torch.arange(len(rewards)) // options.group
+    form = standardised_advantages if options.advantage == "grpo" else centred_advantages
+    return form(rewards, groups, scored_b=(~rewards.isnan()).float()), rewards
+
+
+def _objective(
+    scored: Scored, options: GrpoOptions, old: Sequence[Tensor], advantages: Tensor, reference: Tensor, rows: int
+) -> tuple[Tensor, Metrics]:
+    """One pack's share of the loss over `rows` completions. old[i], advantages[i]: of the i-th sequence of the step."""
+    members = list(scored.pack.members)
+    logp, mask = scored.padded_logprobs(), scored.pack.mask()
+    old_bt = torch.zeros_like(logp)
+    for row, member in enumerate(members):
+        old_bt[row, : len(old[member])] = old[member]
+    # the sampler computed these with other matrix shapes: the difference is logged, and the ratio corrects for it
+    gap = ((logp.detach() - old_bt) * mask).abs().sum()
+    terms: PolicyTerms = {
+        "ref_logp_bt": scored.pack.pad(reference), "beta": options.beta, "eps_low": options.eps_low, "eps_high": options.eps_high,
+    }  # fmt: skip
+    if options.advantage == "grpo":
+        loss, metrics = grpo(logp, old_bt, mask, advantages[members], normaliser=float(rows), **terms)
+    else:
+        loss, metrics = dr_grpo(logp, old_bt, mask, advantages[members], options.max_len, normaliser=float(rows), **terms)
+    return loss, {**metrics, "sampler_gap_sum": gap}
+
+
+def _old_logprobs(episode: Episode) -> Tensor:
+    """The sampler's log-probabilities of the learned tokens, in order (forced ones are not learned)."""
+    return torch.tensor(
+        [lp for turn in episode.turns for lp, forced in zip(turn.logprobs, turn.forced, strict=True) if not forced]
+    )
+
+
+def _pass_share(played: Sequence[tuple[Episode, Judgement | None]]) -> float:
+    return sum(j is not None and j.passed for _, j in played) / max(1, len(played))
+
+
+def _with_signal(advantages: Tensor, group: int) -> float:
+    return float((advantages.view(-1, group) != 0).any(1).float().mean())

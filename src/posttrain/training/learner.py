@@ -1,0 +1,170 @@
+"""The learner: `forward_backward(packs, objective)`, `step()`, `save()`, `resume()`. Nothing else trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from posttrain.policy.pack import Pack
+from posttrain.policy.policy import Policy
+from posttrain.training.checkpoint import Checkpointer, read_checkpoint
+from posttrain.training.schedule import OptimiserOptions, learning_rate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """What an objective's caller may read of one pack: the policy's hidden states at its predictions, and through the chunked head
+    log-probabilities. Everything keeps its graph."""
+
+    policy: Policy
+    pack: Pack
+    hidden: Tensor  # [N, hidden] at pack.rows
+
+    def logprobs(self) -> Tensor:
+        """[N] float32."""
+        return self.policy.head.logprobs(self.hidden, self.pack.targets.to(self.hidden.device))
+
+    def padded_logprobs(self) -> Tensor:
+        """[B, L] float32, 0 where there is no prediction."""
+        return self.pack.pad(self.logprobs())
+
+    def tokenwise(self, function: Callable[..., Tensor], *aligned: Tensor, chunk: int = 256) -> Tensor:
+        """function(logits [n, V], *aligned) -> [n], over chunks of the predictions; logits are never kept."""
+
+        def on_hidden(hidden: Tensor, *rest: Tensor) -> Tensor:
+            return function(self.policy.head.logits(hidden), *rest)
+
+        return self.policy.head.chunked(on_hidden, self.hidden, *aligned, chunk=chunk)
+
+
+Objective = Callable[[Scored], tuple[Tensor, Mapping[str, Any]]]
+
+
+class Learner:
+    """Trains one set of parameters of a policy: a named adapter, or (a student) given base parameters."""
+
+    def __init__(
+        self, policy: Policy, parameters: Mapping[str, nn.Parameter], options: OptimiserOptions, total_steps: int
+    ) -> None:
+        assert parameters and total_steps > 0, "nothing to train, or no steps"
+        self.policy, self.options, self.total_steps = policy, options, total_steps
+        self.parameters = dict(parameters)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        # fp32 masters: a bf16 parameter plus a 1e-4 update is often the same bf16 number
+        self._masters = {
+            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_(True)
+            for name, p in self.parameters.items()
+        }
+        self._optimiser = torch.optim.AdamW(
+            list(self._masters.values()),
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+        )
+        self.steps_done = 0
+        self.tokens_done = 0
+
+    @classmethod
+    def for_adapter(cls, policy: Policy, name: str, options: OptimiserOptions, total_steps: int) -> Learner:
+        policy.use(name)
+        return cls(policy, policy.adapter_parameters(name), options, total_steps)
+
+    def forward_backward(self, packs: Iterable[Pack], objective: Objective) -> dict[str, float]:
+        """Accumulate gradients of sum(objective(pack)) over packs; each objective divides by the global count itself
+        (objectives.md 1.2: sum first, one global count, no second division). Returns the summed metrics."""
+        totals: dict[str, float] = {"loss": 0.0}
+        for pack in packs:
+            loss, metrics = objective(self.score(pack))
+            if loss.requires_grad:
+                loss.backward()
+            totals["loss"] += float(loss.detach())
+            for name, value in metrics.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+            self.tokens_done += pack.tokens
+        return totals
+
+    def score(self, pack: Pack) -> Scored:
+        hidden = self.policy.hidden(pack)
+        return Scored(self.policy, pack, hidden[pack.rows.to(hidden.device)])
+
+    @torch.no_grad()
+    def reference_logprobs(self, pack: Pack) -> Tensor:
+        """[N] of the same base with every adapter off."""
+        with self.policy.only_base():
+            return self.policy.logprobs(pack)
+
+    def step(self) -> dict[str, float]:
+        """Clip, update, clear. Returns the gradient norm before clipping and the rate used."""
+        for name, parameter in self.parameters.items():
+            master = self._masters[name]
+            if master is not parameter:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+        masters = list(self._masters.values())
+        norm = float(nn.utils.clip_grad_norm_(masters, self.options.clip))
+        rate = learning_rate(self.options, self.steps_done, self.total_steps)
+        for group in self._optimiser.param_groups:
+            group["lr"] = rate
+        self._optimiser.step()
+        self._optimiser.zero_grad(set_to_none=True)
+        self._publish()
+        self.steps_done += 1
+        return {"grad_norm": norm, "lr": rate}
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, parameter in self.parameters.items():
+            master = self._masters[name]
+            if master is not parameter:
+                parameter.copy_(master)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """End training: round the parameters to bf16, the stored type, so that what is measured is what is released."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+            parameter.copy_(parameter.to(torch.bfloat16))
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self, checkpointer: Checkpointer, cursor: Mapping[str, Any]) -> None:
+        """Hand a consistent copy of everything to the background writer; training goes on meanwhile."""
+        tensors = {f"master.{name}": master.detach() for name, master in self._masters.items()}
+        for name, master in self._masters.items():
+            for key, value in self._optimiser.state.get(master, {}).items():
+                tensors[f"adam.{key}.{name}"] = value
+        tensors["rng.torch"] = torch.get_rng_state()
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        checkpointer.write(
+            copies,
+            {
+                "steps_done": self.steps_done,
+                "tokens_done": self.tokens_done,
+                "total_steps": self.total_steps,
+                "cursor": dict(cursor),
+            },
+        )
+
+    @torch.no_grad()
+    def resume(self, folder: Path, identity: str) -> dict[str, Any] | None:
+        """Restore the newest complete checkpoint in `folder`, if any; returns its cursor. CheckpointError if another run wrote it."""
+        found = read_checkpoint(folder, identity)
+        if found is None:
+            return None
+        tensors, state = found
+        for name, master in self._masters.items():
+            master.copy_(tensors[f"master.{name}"])
+            prefix = [key for key in tensors if key.startswith("adam.") and key.split(".", 2)[2] == name]
+            if prefix:
+                self._optimiser.state[master] = {key.split(".", 2)[1]: tensors[key].clone() for key in prefix}
+        torch.set_rng_state(tensors["rng.torch"])
+        self._publish()
+        self.steps_done, self.tokens_done = int(state["steps_done"]), int(state["tokens_done"])
+        return dict(state["cursor"])
