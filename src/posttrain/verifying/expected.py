@@ -1,0 +1,179 @@
+"""The verifier `expected`: compares an episode with what the task says should come out of it.
+
+`task.arguments` may hold (at least one of them):
+- `calls`: `[{"name", "arguments"}]`, the calls that must have been made and succeeded; `[]` says that none may be made.
+  `ordered` (default false): in this order. `extra_calls` (false): others may be made too. `extra_arguments` (false): calls may
+  carry optional arguments that are not listed.
+- `answer`: an object that the final JSON answer must contain (`matching.contains`).
+- `state`: `[{"sql", "rows", "parameters"?, "ordered"?}]`, read-only queries of the world after the episode and their rows
+  (order counts unless `ordered` is false).
+- `refusal`: true if the request must be refused, false if it must not be.
+- `forbidden`: names of tools that must not even be tried.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from posttrain.data.records import Episode, StopReason, Task, ToolOutcome
+from posttrain.errors import VerifierError
+from posttrain.verifying.answers import is_refusal, parse_answer
+from posttrain.verifying.judgement import EnvironmentView, Judgement, Step
+from posttrain.verifying.matching import assign, contains, same, same_call
+
+_CHECKS = ("calls", "answer", "state", "refusal", "forbidden")
+_FLAGS = ("ordered", "extra_calls", "extra_arguments")
+
+
+def expected(task: Task, episode: Episode, environment: EnvironmentView | None) -> Judgement:
+    """Judge by the parts above. passed: every step held and the model ended its turn; score: share of steps that held, 0 when
+    the model did not end. Facts: `tool_success` where calls are expected, `answer_valid`, `refused`, `denied_attempts`.
+
+    Raises VerifierError when the task says nothing to compare with, is malformed, or its state cannot be queried.
+    """
+    wanted = dict(task.arguments)
+    check_expected(wanted, task.id)
+    denied = [outcome for outcome in episode.outcomes if outcome.denied is not None]
+    facts: dict[str, Any] = {
+        "answer_valid": float(parse_answer(episode.answer).value is not None),
+        "refused": float(is_refusal(episode.answer)),
+        "denied_attempts": float(len(denied)),
+    }
+    steps: list[Step] = []
+    if "calls" in wanted:
+        found = _calls(wanted, episode.outcomes)
+        facts["tool_success"] = float(all(step.passed for step in found))
+        steps += found
+    if "answer" in wanted:
+        steps += _answer(wanted["answer"], episode.answer)
+    if "state" in wanted:
+        steps += [_state(query, index, environment, task.id) for index, query in enumerate(wanted["state"])]
+    if "refusal" in wanted:
+        steps += _refusal(bool(wanted["refusal"]), bool(facts["refused"]), denied)
+    if "forbidden" in wanted:
+        tried = sorted({outcome.call.name for outcome in episode.outcomes} & set(wanted["forbidden"]))
+        steps.append(Step("forbidden", not tried, f"tried {', '.join(tried)}" if tried else ""))
+    ended = episode.stop is StopReason.END_OF_TURN
+    held = sum(step.passed for step in steps)
+    steps.insert(0, Step("ended", ended, "" if ended else f"stopped by {episode.stop}"))
+    return Judgement(ended and held == len(steps) - 1, held / (len(steps) - 1) if ended else 0.0, tuple(steps), facts)
+
+
+def check_expected(wanted: Mapping[str, Any], where: str) -> None:
+    """Raise VerifierError for expectations that are empty or malformed, so that a suite can refuse them before it samples."""
+    for key in wanted:
+        if key not in _CHECKS + _FLAGS:
+            near = difflib.get_close_matches(key, _CHECKS + _FLAGS, 1)
+            raise _malformed(
+                "unknown expectation", where, key, f"did you mean {near[0]}?" if near else f"use {', '.join(_CHECKS)}"
+            )
+    if not any(key in wanted for key in _CHECKS):
+        raise _malformed("nothing to compare with", where, dict(wanted), f"give one of {', '.join(_CHECKS)}")
+    shapes: dict[str, tuple[type, Callable[[Any], bool]]] = {
+        "calls": (list, lambda call: isinstance(call, Mapping) and isinstance(call.get("name"), str)),
+        "state": (
+            list,
+            lambda query: isinstance(query, Mapping) and isinstance(query.get("rows"), list) and _reads(query.get("sql")),
+        ),
+        "forbidden": (list, lambda name: isinstance(name, str)),
+        "answer": (Mapping, lambda _: True),
+        **{flag: (bool, lambda _: True) for flag in ("refusal", *_FLAGS)},
+    }
+    for key, (kind, good) in shapes.items():
+        value = wanted.get(key)
+        if key in wanted and not (isinstance(value, kind) and all(map(good, value if isinstance(value, list) else []))):
+            raise _malformed(f"`{key}` is malformed", where, value, "see posttrain.verifying.expected for its form")
+
+
+def _calls(wanted: Mapping[str, Any], outcomes: Sequence[ToolOutcome]) -> list[Step]:
+    calls = wanted["calls"]
+    extra = bool(wanted.get("extra_arguments", False))
+    fits = [
+        [
+            outcome.ok
+            and same_call(call["name"], call.get("arguments") or {}, outcome.call.name, outcome.call.arguments, extra=extra)
+            for outcome in outcomes
+        ]
+        for call in calls
+    ]
+    steps = [
+        Step(f"call[{index}] {call['name']}", any(row), "" if any(row) else _why_not(call["name"], outcomes))
+        for index, (call, row) in enumerate(zip(calls, fits, strict=True))
+    ]
+    if all(step.passed for step in steps) and calls:
+        arranged = _in_order(fits) if wanted.get("ordered", False) else assign(fits) is not None
+        steps.append(Step("calls", arranged, "" if arranged else "not each of its own, or not in this order"))
+    if not wanted.get("extra_calls", False):
+        surplus = max(0, len(outcomes) - len(calls))
+        steps.append(Step("no_extra_calls", surplus == 0, f"{surplus} calls too many" if surplus else ""))
+    return steps
+
+
+def _in_order(fits: Sequence[Sequence[bool]]) -> bool:
+    """The earliest partner for each row in turn: if that fails, every other choice does."""
+    position = 0
+    for row in fits:
+        found = next((column for column in range(position, len(row)) if row[column]), None)
+        if found is None:
+            return False
+        position = found + 1
+    return True
+
+
+def _why_not(name: str, outcomes: Sequence[ToolOutcome]) -> str:
+    tried = [outcome for outcome in outcomes if outcome.call.name == name]
+    if not tried:
+        return "not called"
+    last = tried[-1]
+    if last.denied is not None:
+        return f"denied by {last.denied}"
+    return f"called with {last.call.arguments[:200]}" if last.ok else "the call failed"
+
+
+def _answer(wanted: Mapping[str, Any], text: str) -> list[Step]:
+    answer = parse_answer(text)
+    if answer.value is None:
+        return [Step(f"answer.{key}", False, f"the answer is {answer.fault}") for key in wanted] or [
+            Step("answer", False, "no JSON")
+        ]
+    steps = []
+    for key, value in wanted.items():
+        good = key in answer.value and contains(value, answer.value[key])
+        steps.append(Step(f"answer.{key}", good, "" if good else f"found {str(answer.value.get(key))[:200]}"))
+    return steps or [Step("answer", True)]
+
+
+def _state(query: Mapping[str, Any], index: int, environment: EnvironmentView | None, where: str) -> Step:
+    if environment is None:
+        raise _malformed(
+            "the end state cannot be queried: no environment was given", where, None, "keep the environment until judged"
+        )
+    try:
+        rows = [list(row) for row in environment.query(query["sql"], tuple(query.get("parameters", ())))]
+    except Exception as error:  # whatever the world's database raises: unscored, not failed
+        raise _malformed(f"state[{index}] cannot be queried ({error})", where, query["sql"], "correct the SQL") from error
+    wanted = query["rows"]
+    if query.get("ordered", True):
+        good = same(wanted, rows)
+    else:
+        good = len(wanted) == len(rows) and assign([[same(want, row) for row in rows] for want in wanted]) is not None
+    return Step(f"state[{index}]", good, "" if good else f"found {str(rows)[:200]}")
+
+
+def _refusal(wanted: bool, refused: bool, denied: Sequence[ToolOutcome]) -> list[Step]:
+    why = "" if wanted == refused else ("was not refused" if wanted else "was refused")
+    steps = [Step("refusal", wanted == refused, why)]
+    if wanted:  # words are not enough: trying what the guard must stop is no refusal
+        names = ", ".join(sorted({outcome.call.name for outcome in denied}))
+        steps.append(Step("no_denied_attempt", not denied, f"tried {names}" if denied else ""))
+    return steps
+
+
+def _reads(sql: Any) -> bool:
+    return isinstance(sql, str) and sql.lstrip().lower().startswith(("select", "with"))
+
+
+def _malformed(what: str, where: str, value: object, remedy: str) -> VerifierError:
+    return VerifierError(what, where=f"task {where}", value=value, remedy=remedy)
