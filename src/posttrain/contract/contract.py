@@ -77,7 +77,8 @@ class Contract:
         builder = SequenceBuilder()
         self._render_messages(builder, messages, tools, learn=False)
         builder.add(self._header("assistant"), weight=0, origin=len(messages))
-        return builder.build().ids.tolist()
+        ids: list[int] = builder.build().ids.tolist()
+        return ids
 
     def continuation_ids(self, messages: Seq[Message]) -> list[int]:
         """What follows a finished assistant turn: its separator, the new messages, the next open assistant header."""
@@ -86,7 +87,8 @@ class Contract:
         for index, message in enumerate(messages):
             self._turn(builder, message, index, learn=False)
         builder.add(self._header("assistant"), weight=0, origin=len(messages))
-        return builder.build().ids.tolist()
+        ids: list[int] = builder.build().ids.tolist()
+        return ids
 
     def render(self, conversation: Conversation) -> Sequence:
         """Ids and weights of a conversation: assistant turns with their end token are learned, all else is read."""

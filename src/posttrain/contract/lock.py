@@ -40,6 +40,14 @@ class ContractLock:
                     value=got,
                     remedy="use the tokenizer and the posttrain version the artifact was made with",
                 )
+        names, got_names = ([golden[0] for golden in lock.goldens] for lock in (self, actual))
+        if names != got_names:
+            raise ContractError(
+                f"the lock holds other golden renderings: {names}",
+                where=where,
+                value=got_names,
+                remedy="restore the lock file from the release it belongs to, or use the posttrain version that made it",
+            )
         for (name, ids, digest), (_, got_ids, got_digest) in zip(self.goldens, actual.goldens, strict=True):
             if digest != got_digest or ids != got_ids:
                 at = next((i for i, (a, b) in enumerate(zip(ids, got_ids, strict=False)) if a != b), min(len(ids), len(got_ids)))
@@ -73,7 +81,9 @@ class ContractLock:
                 int(value["vocabulary_size"]),
                 tuple((g["probe"], tuple(int(i) for i in g["ids"]), g["sha256"]) for g in value["goldens"]),
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except ContractError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ContractError(
                 f"the lock file lacks or garbles a field ({error})",
                 where=where,
@@ -83,8 +93,9 @@ class ContractLock:
     @classmethod
     def read(cls, path: Path) -> ContractLock:
         try:
-            return cls.from_json(json.loads(path.read_text("utf-8")), str(path))
-        except (OSError, json.JSONDecodeError) as error:
+            value = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
             raise ContractError(
                 f"the lock file cannot be read ({error})", where=str(path), remedy="restore it from the release it belongs to"
             ) from error
+        return cls.from_json(value, str(path))

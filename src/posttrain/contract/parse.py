@@ -15,29 +15,40 @@ class MalformedCall(ContractError):
 
 
 def parse_turn(text: str) -> Message:
-    """Split `content<tool_call>{...}</tool_call>...`; call ids are positional (`call_0`, `call_1`)."""
-    head, *rest = text.split(CALL_OPEN)
+    """Split `content<tool_call>{...}</tool_call>...`; call ids are positional (`call_0`, `call_1`).
+
+    A call ends where its JSON ends, not at the next marker: an argument may quote `</tool_call>` without closing anything.
+    """
+    head, opened, rest = text.partition(CALL_OPEN)
     if CALL_CLOSE in head:
         raise _malformed("a call is closed that was never opened", text)
-    calls = tuple(_call(part, index, text) for index, part in enumerate(rest))
-    return Message("assistant", head.strip() if calls else head, calls)
+    calls: list[ToolCall] = []
+    while opened:
+        call, rest = _call(rest, len(calls), text)
+        calls.append(call)
+        between, opened, rest = rest.partition(CALL_OPEN)
+        if between.strip():
+            raise _malformed(f"text follows call {len(calls) - 1}", text)
+    return Message("assistant", head.strip() if calls else head, tuple(calls))
 
 
-def _call(part: str, index: int, text: str) -> ToolCall:
-    body, closed, after = part.partition(CALL_CLOSE)
-    if not closed:
-        raise _malformed(f"call {index} is not closed with {CALL_CLOSE}", text)
-    if after.strip():
-        raise _malformed(f"text follows call {index}", text)
+def _call(part: str, index: int, text: str) -> tuple[ToolCall, str]:
+    """The call that `part` begins with, and the text after its closing marker."""
+    body = part.lstrip()
     try:
-        value = json.loads(body, object_pairs_hook=_no_duplicates)
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        value, end = _DECODER.raw_decode(body)
+        compact = compact_json(value)
+        compact.encode("utf-8")  # an escaped half of a surrogate pair is legal JSON but no text
+    except (ValueError, RecursionError) as error:
         raise _malformed(f"call {index} is not JSON ({error})", text) from error
+    after = body[end:].lstrip()
+    if not after.startswith(CALL_CLOSE):
+        raise _malformed(f"call {index} is not closed with {CALL_CLOSE}", text)
     if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
         raise _malformed(f"call {index} must hold exactly `name` and `arguments`", text)
     if not isinstance(value["name"], str) or not isinstance(value["arguments"], dict):
         raise _malformed(f"call {index} needs a text name and object arguments", text)
-    return ToolCall(f"call_{index}", value["name"], compact_json(value["arguments"]))
+    return ToolCall(f"call_{index}", value["name"], compact_json(value["arguments"])), after[len(CALL_CLOSE) :]
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -45,6 +56,9 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(set(keys)) != len(keys):
         raise ValueError("a key occurs twice")
     return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 
 
 def _malformed(what: str, text: str) -> MalformedCall:

@@ -116,16 +116,17 @@ def _type(schema: Any) -> str:
 def assistant_text(message: Message) -> str:
     """Content of an assistant turn: its text, then each call with compact arguments."""
     calls = "".join(
-        f'{CALL_OPEN}{{"name":{compact_json(call.name)},"arguments":{compact_json(_arguments(call.arguments, call.name))}}}{CALL_CLOSE}'
+        f'{CALL_OPEN}{{"name":{compact_json(call.name)},"arguments":{_arguments(call.arguments, call.name)}}}{CALL_CLOSE}'
         for call in message.tool_calls
     )
     return message.content + calls
 
 
-def _arguments(text: str, name: str) -> Any:
+def _arguments(text: str, name: str) -> str:
     try:
         value = json.loads(text) if text.strip() else {}
-    except json.JSONDecodeError as error:
+        compact = compact_json(value)
+    except ValueError as error:
         raise ContractError(
             f"arguments of call {name!r} are not JSON: {error}",
             where="tool_calls",
@@ -139,9 +140,9 @@ def _arguments(text: str, name: str) -> Any:
             value=text,
             remedy="write the arguments as one JSON object",
         )
-    return value
+    return compact
 
 
 def compact_json(value: object) -> str:
-    """The separators training uses are the ones the grammar decodes with."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """The separators training uses are the ones the grammar decodes with. Raises ValueError for NaN and infinity."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

@@ -40,39 +40,42 @@ class TreeAttention:
 
     pack: Pack
     sink: dict[int, tuple[Tensor, Tensor]] | None = None
-    _keys: list[Tensor | None] = field(default_factory=list)
+    _paths: list[list[int]] = field(default_factory=list)  # each node's ancestors, root first, and itself
+    _sizes: list[int] = field(default_factory=list)
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for index, node in enumerate(self.pack.nodes):
-            spans = [self.pack.nodes[a] for a in self.pack.ancestors(index)]
-            rows = [torch.arange(s.start, s.end) for s in spans] + [torch.arange(node.start, node.end)]
-            self._keys.append(torch.cat(rows).to(self.pack.ids.device) if spans else None)
+        self._paths = [[*self.pack.ancestors(index), index] for index in range(len(self.pack.nodes))]
+        self._sizes = [node.end - node.start for node in self.pack.nodes]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         if self.sink is not None:
             self.sink[layer] = (k, v)
+        # split once, not sliced per node: the gradient of a slice is a zero tensor of the whole pack
+        queries, keys, values = (tensor.split(self._sizes, dim=2) for tensor in (q, k, v))
         outputs = []
-        for index, node in enumerate(self.pack.nodes):
-            rows = self._keys[index]
-            k_node = k[:, :, node.start : node.end] if rows is None else k.index_select(2, rows)
-            v_node = v[:, :, node.start : node.end] if rows is None else v.index_select(2, rows)
-            plain = rows is None and (window is None or node.end - node.start <= window)
+        for index, path in enumerate(self._paths):
+            k_node, v_node = _join(keys, path), _join(values, path)
+            plain = len(path) == 1 and (window is None or self._sizes[index] <= window)
             mask = None if plain else self._mask(index, window)
-            outputs.append(grouped_sdpa(q[:, :, node.start : node.end], k_node, v_node, scale, mask, causal=plain))
+            outputs.append(grouped_sdpa(queries[index], k_node, v_node, scale, mask, causal=plain))
         return torch.cat(outputs, dim=2)
 
     def _mask(self, index: int, window: int | None) -> Tensor:
         """[queries, keys] bool: position of the key is not later, and within the sliding window if there is one."""
         if (index, window) not in self._masks:
-            node, rows = self.pack.nodes[index], self._keys[index]
-            q_positions = self.pack.positions[node.start : node.end, None]
-            k_positions = (self.pack.positions[node.start : node.end] if rows is None else self.pack.positions[rows])[None]
+            parts = self.pack.positions.split(self._sizes)
+            q_positions = parts[index][:, None]
+            k_positions = torch.cat([parts[node] for node in self._paths[index]])[None]
             allowed = k_positions <= q_positions
             if window is not None:
                 allowed &= k_positions > q_positions - window
             self._masks[index, window] = allowed
         return self._masks[index, window]
+
+
+def _join(parts: tuple[Tensor, ...], path: list[int]) -> Tensor:
+    return parts[path[0]] if len(path) == 1 else torch.cat([parts[index] for index in path], dim=2)
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, None]:

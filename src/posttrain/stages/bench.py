@@ -80,6 +80,18 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
     return stopped
 
 
+def leash(watch: Watch, metric: Callable[[Mapping[str, float]], float], most: float | None, name: str) -> Watch:
+    """`watch`, and besides: stop when a step's metric exceeds `most` (None: no limit)."""
+
+    def both(step: int, metrics: Mapping[str, float]) -> str | None:
+        value = metric(metrics)
+        if most is not None and value > most:
+            return f"{name} {value:.3f} exceeds {most} at step {step}"
+        return watch(step, metrics)
+
+    return both
+
+
 def batches(count: int, size: int, epochs: float, seed: int) -> list[list[int]]:
     """Shuffled batches of indices over `epochs` passes (a fraction ends within a pass); each pass is shuffled anew."""
     wanted = max(1, round(count * epochs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from posttrain.objectives.preference import dpo, sft_term
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import LoraOptions
-from posttrain.stages.bench import Work, Workbench, batches, train
+from posttrain.stages.bench import Work, Workbench, batches, leash, train
 from posttrain.training import Learner, OptimiserOptions, Scored
 
 
@@ -49,7 +49,8 @@ def run(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbenc
         references = {id(pack): learner.reference_logprobs(pack) for pack in packs}
         return Work(packs, lambda scored: _objective(scored, references[id(scored.pack)], options, len(plan[step])))
 
-    stopped = train(bench, learner, work)
+    watch = leash(bench.watch, lambda metrics: metrics.get("drift", 0.0), options.max_drift, "drift from the reference")
+    stopped = train(replace(bench, watch=watch), learner, work)
     learner.freeze()
     return stopped
 

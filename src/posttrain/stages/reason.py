@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -18,7 +18,7 @@ from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import LoraOptions
 from posttrain.stages import sft
-from posttrain.stages.bench import Work, Workbench, batches, derive, train
+from posttrain.stages.bench import Work, Workbench, batches, derive, leash, train
 from posttrain.training import Learner, OptimiserOptions, Scored
 from posttrain.verifying.judgement import Judgement
 
@@ -41,7 +41,8 @@ class CollectOptions:
 @dataclass(frozen=True, slots=True)
 class GrpoOptions:
     """advantage: 'grpo' (r - mean) / (std + eps) with the seq-mean-token-mean loss, as the paper; 'centred' r - mean with the constant
-    length divisor (Dr.GRPO), the chapter's form. beta weighs the k3 penalty to the parent. One update per rollout."""
+    length divisor (Dr.GRPO), the chapter's form. beta weighs the k3 penalty to the parent; max_kl stops the stage when the mean k3
+    estimate to the parent, nats per token, exceeds it (None: never). One update per rollout."""
 
     steps: int = 6
     tasks: int = 8
@@ -51,18 +52,20 @@ class GrpoOptions:
     eps_low: float = 0.2
     eps_high: float = 0.2
     max_len: int = 128
+    max_kl: float | None = None
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=2e-4, warmup=0.1))
 
 
 @dataclass(frozen=True, slots=True)
 class ReasonOptions:
-    """Either half may be switched off by `collect.tasks: 0` or `grpo.steps: 0`. max_kl: stop GRPO when the mean k3 estimate to the
-    parent, nats per token, exceeds it."""
+    """Either half may be switched off, by `collect.tasks: 0` or `grpo.steps: 0`. temperature is the samples'; the loss is on the
+    untempered distribution, so with another value than 1 the first update is slightly off-policy and the ratio corrects for it."""
 
     adapter: LoraOptions = field(default_factory=LoraOptions)
     collect: CollectOptions = field(default_factory=CollectOptions)
     grpo: GrpoOptions = field(default_factory=GrpoOptions)
     max_tokens: int = 1024
+    temperature: float = 1.0
 
 
 def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str = "main") -> str | None:
@@ -134,7 +137,8 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
         references = {id(p): learner.reference_logprobs(p) for p in packs}
         return Work(packs, lambda s: _objective(s, options, old, advantages[live], references[id(s.pack)], len(played)), metrics)
 
-    stopped = train(bench, learner, work, "grpo")
+    watch = leash(bench.watch, lambda m: m.get("kl_sum", 0.0) / max(1.0, m.get("tokens", 1.0)), options.max_kl, "KL to the parent")
+    stopped = train(replace(bench, watch=watch), learner, work, "grpo")
     learner.freeze()
     return stopped
 

@@ -1,0 +1,73 @@
+"""What a person sees while a run goes on: stages, progress with rates and time left, verdicts. Silent for programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SHOWN = ("loss", "reward", "pass_share", "accuracy", "drift", "kl_sum", "lr")
+_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Console:
+    """Progress bars on a terminal, a line now and then elsewhere, nothing at all when quiet. Writes to stderr: stdout is for results."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._rich = RichConsole(file=sys.stderr, highlight=False, quiet=quiet)
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._rich.print(text)
+
+    def stage(self, name: str, lever: str) -> None:
+        self.say(f"\n[bold]{name}[/bold]  {lever}  [dim]{self._clock()}[/dim]")
+
+    def verdict(self, name: str, outcome: str, reasons: tuple[str, ...]) -> None:
+        colour = "green" if outcome == "real_gain" else "yellow"
+        self.say(f"  [{colour}]{outcome.replace('_', ' ')}[/{colour}]" + (f": {'; '.join(reasons)}" if reasons else ""))
+
+    def meter(self) -> Callable[[str, int, int, Mapping[str, float]], None]:
+        """A line for training steps: phase, step of total, metrics, seconds left."""
+        start = time.monotonic()
+        last = [0.0]
+
+        def show(phase: str, step: int, total: int, values: Mapping[str, float]) -> None:
+            now = time.monotonic()
+            if now - last[0] < _EVERY and 0 < step + 1 < total:
+                return
+            last[0] = now
+            shown = "  ".join(f"{key} {values[key]:.4g}" for key in _SHOWN if key in values)
+            left = (now - start) / (step + 1) * (total - step - 1) if step >= 0 else 0.0
+            self.say(f"  {phase} {step + 1}/{total}  {shown}  [dim]{left:.0f} s left[/dim]")
+
+        return show
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar over `total` items; yields a function that advances it."""
+        if self.quiet or not self._rich.is_terminal:
+            yield lambda count: None
+            return
+        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self._rich, transient=True) as bar:
+            task = bar.add_task(label, total=total)
+            yield lambda count: bar.advance(task, count)
+
+    def _clock(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    def table(self, rows: list[tuple[Any, ...]], headers: tuple[str, ...]) -> None:
+        from rich.table import Table
+
+        table = Table(*headers, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*(str(cell) for cell in row))
+        self._rich.print(table)

@@ -1,0 +1,113 @@
+"""`posttrain evaluate` and `posttrain gate`: measure any base or release on any suite; compare two scorecard files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from posttrain.agents.world import load_world
+from posttrain.data.records import Task
+from posttrain.errors import DataError, RegistryError
+from posttrain.evaluation import GatePolicy, Scorecard, Suite, Verdict, decide
+from posttrain.pipeline.console import Console
+from posttrain.pipeline.measure import AdapterFor, Measurer
+from posttrain.pipeline.parents import Parents
+from posttrain.pipeline.registry import open_registry
+from posttrain.pipeline.runtime import Runtime, prepare_process
+from posttrain.policy.base import resolve_base
+from posttrain.recipe import EvaluationRecipe, build
+from posttrain.releases import Channels, Kind, Registry, Release
+
+_DEFAULT_WORLD = "finance_ops"
+
+
+def evaluate_target(target: str, *, suite: str, split: str, seed: int, n: int, base: str, runs: Path, quiet: bool) -> Scorecard:
+    """Scorecard of a release id, a channel (all tenants' channels: 'tenants'), or a base."""
+    prepare_process(None)
+    loaded = Suite.load(suite, split=split, seed=seed, n=n)
+    runtime, adapter_for = load_target(target, base, runs)
+    options = EvaluationRecipe(split=split if split in ("train", "dev", "test") else "test", seed=seed, free=max(8, n // 4))  # type: ignore[arg-type]
+    world = load_world(loaded.world or _DEFAULT_WORLD)
+    return Measurer(options, world, loaded, Console(quiet)).measure(runtime, adapter_for, candidate=target)
+
+
+def load_target(target: str, base: str, runs: Path) -> tuple[Runtime, AdapterFor]:
+    """The runtime of a target and the adapter that answers each task on it."""
+    if not (runs / "registry").is_dir():
+        return Runtime.load(resolve_base(target)), lambda task: None
+    registry, channels = open_registry(runs)
+    parents = Parents(registry, base, runs / "weights", None)
+    if target == "tenants":
+        return _tenants(registry, channels, parents)
+    release = _release(target, registry, channels)
+    if release is None:
+        return Runtime.load(resolve_base(target)), lambda task: None
+    runtime = Runtime.load(parents.runs_on(release).folder)
+    name = _resident(runtime, release)
+    return runtime, lambda task: name
+
+
+def _release(target: str, registry: Registry, channels: Channels) -> Release | None:
+    if target in channels.names():
+        return channels.release(target)
+    try:
+        return registry.get(target)
+    except RegistryError:
+        if target.startswith("r-"):
+            raise
+        return None
+
+
+def _tenants(registry: Registry, channels: Channels, parents: Parents) -> tuple[Runtime, AdapterFor]:
+    """Every tenant on its own channel, as the server would route it."""
+    releases = {name: channels.release(name) for name in channels.names()}
+    runtime = Runtime.load(parents.runs_on(next(iter(releases.values()))).folder)
+    names = {name: _resident(runtime, release) for name, release in releases.items() if release.runs_on == runtime.policy.fingerprint}
+
+    def adapter_for(task: Task) -> str | None:
+        if task.tenant not in names:
+            raise DataError("no channel serves the task's tenant", where=task.id, value=task.tenant, remedy=f"channels: {', '.join(sorted(names))}")
+        return names[task.tenant]
+
+    return runtime, adapter_for
+
+
+def _resident(runtime: Runtime, release: Release) -> str | None:
+    if release.lineage.kind is Kind.DENSE:
+        return None
+    if release.id not in runtime.policy.adapters:
+        runtime.policy.load_adapter(release.id, release.folder, expected_parent=release.runs_on)
+    return release.id
+
+
+def metric_lines(card: Scorecard) -> list[str]:
+    """A scorecard for a person."""
+    lines = [f"{card.candidate} on {card.suite}, {card.split} seed {card.seed}, {card.n} tasks"]
+    lines += [f"  {name:30} {m.value:8.3f}  [{m.low:.3f}, {m.high:.3f}]  n={m.n}  {m.unit}" for name, m in card.metrics.items()]
+    return lines
+
+
+def decide_files(parent: Path, candidate: Path, policy: Path) -> Verdict:
+    """The gate's verdict on two scorecard files."""
+    try:
+        value = yaml.safe_load(policy.read_text("utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise DataError(f"the policy cannot be read ({error})", where=str(policy), remedy="give a YAML file with targets and guardrails") from error
+    return decide(_card(parent), _card(candidate), build(GatePolicy, value or {}, str(policy)))
+
+
+def _card(path: Path) -> Scorecard:
+    try:
+        return Scorecard.from_json(json.loads(path.read_text("utf-8")))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(f"the scorecard cannot be read ({error})", where=str(path), remedy="write one with `posttrain evaluate ... --json`") from error
+
+
+def verdict_lines(verdict: Verdict) -> list[str]:
+    lines = [verdict.outcome.value.replace("_", " ")]
+    for check in verdict.checks:
+        place = check.metric + (f" ({check.slice})" if check.slice else "")
+        lines.append(f"  {'pass' if check.passed else 'FAIL'}  {check.role:9} {place}: {check.requirement}")
+    return lines + [f"  {reason}" for reason in verdict.reasons]

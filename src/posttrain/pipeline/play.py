@@ -1,0 +1,41 @@
+"""Playing tasks: a runtime's sampler, the world's tools and guard, and its verifiers, as one call that gives judged episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from posttrain.agents import Guard, RolloutOptions, World, run_judged
+from posttrain.data.records import Episode, Task
+from posttrain.pipeline.console import Console
+from posttrain.pipeline.runtime import Runtime
+from posttrain.verifying.judgement import Judgement
+
+Played = tuple[Task, Episode, Judgement | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Player:
+    """Plays tasks with one runtime in one world."""
+
+    runtime: Runtime
+    world: World
+    console: Console
+    max_tokens: int = 160
+
+    def play(self, tasks: Sequence[Task], options: RolloutOptions, adapter_for: Callable[[Task], str | None], seed: int) -> list[Played]:
+        """`options.copies` judged episodes of each task, in order; the judgement is None where the verifier could not judge."""
+        with self.console.progress("episodes", len(tasks) * options.copies) as advance:
+            judged = run_judged(
+                tasks, sampler=self.runtime.sampler, contract=self.runtime.contract, world=self.world, guard=Guard.of(self.world),
+                options=options, adapter_for=adapter_for, seed=seed, progress=advance,
+            )  # fmt: skip
+        owners = [task for task in tasks for _ in range(options.copies)]
+        return [(task, episode, judgement) for task, (episode, judgement) in zip(owners, judged, strict=True)]
+
+    def draw(
+        self, tasks: Sequence[Task], copies: int, seed: int, adapter: str | None, temperature: float
+    ) -> list[tuple[Episode, Judgement | None]]:
+        """Unconstrained samples for training: what is learned must be the model's own choice, not the grammar's."""
+        options = RolloutOptions(max_tokens_per_turn=self.max_tokens, temperature=temperature, constrained=False, copies=copies)
+        return [(episode, judgement) for _, episode, judgement in self.play(tasks, options, lambda task: adapter, seed)]
