@@ -84,6 +84,14 @@ def tiny_model(family: str = "llama", vocabulary: int = 97, seed: int = 0, **ove
         return AutoModelForCausalLM.from_config(config).float().eval()
 
 
+def stored(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The model with its parameters rounded to bfloat16, the stored type, and computing in `dtype`. Buffers stay: loading a folder
+    keeps the rotary frequencies in float32 too, which Module.bfloat16() would not."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().to(dtype)
+    return model
+
+
 def sequence(ids: Seq[int], learned: Seq[int] | slice = slice(1, None), weight: float = 1.0) -> Sequence:
     """A rendered sequence of the given ids that learns the tokens at the given places."""
     weights = np.zeros(len(ids), np.float32)

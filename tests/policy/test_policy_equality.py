@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, random_ids, sequence, tiny_model
 from torch import Tensor
 
 from posttrain.contract import Sequence
 from posttrain.policy import LoraOptions, Pack, Policy, fill_packs
 from posttrain.policy.pack import MIN_SHARED
+from tiny_models import FAMILIES, random_ids, sequence, stored, tiny_model
 
 RNG = random.Random(7)
 HEAD = random_ids(20, RNG)
@@ -42,8 +42,8 @@ CASES: dict[str, list[list[int]]] = {
     "one shared prefix": [HEAD + fresh(9), HEAD + fresh(3), HEAD + fresh(15)],
     "nested prefixes": [LONGER + fresh(4), HEAD + fresh(9), LONGER + fresh(7), LONGER + fresh(1), fresh(30)],
     "identical sequences": [LONGER, LONGER, HEAD + [5] * 6, LONGER],
-    "one a prefix of another": [LONGER + [1, 2, 3], HEAD, LONGER, LONGER + [1, 2, 3] + fresh(5)],
-    "prefix one short of a node": [EDGE[:-1] + [5, 6, 7], EDGE[:-1] + [8, 9, 10]],
+    "one a prefix of another": [[*LONGER, 1, 2, 3], HEAD, LONGER, [*LONGER, 1, 2, 3, *fresh(5)]],
+    "prefix one short of a node": [[*EDGE[:-1], 5, 6, 7], [*EDGE[:-1], 8, 9, 10]],
     "prefix just a node": [[*EDGE, 5, 6, 7], [*EDGE, 8, 9, 10]],
     "longer than the window": [HEAD * 2 + fresh(9), HEAD * 2 + fresh(30)],
 }
@@ -156,7 +156,7 @@ def test_the_sink_receives_the_keys_and_values_of_every_layer() -> None:
 
 
 def test_packing_in_bfloat16_stays_within_its_rounding_of_the_rows() -> None:
-    policy, plain = Policy(tiny_model().to(torch.bfloat16)), tiny_model().to(torch.bfloat16)
+    policy, plain = Policy(stored(tiny_model(), torch.bfloat16)), stored(tiny_model(), torch.bfloat16)
     sequences = [partly(ids) for ids in CASES["nested prefixes"]]
     with torch.no_grad():
         got, want = policy.logprobs(Pack.of(sequences)), plain_rows(plain, sequences)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GraniteConfig
 
 from posttrain.policy import Head, Pack, Policy
+from tiny_models import tiny_model
 
 
 def head(*, bias: bool = False, scale: float = 1.0, cap: float | None = None, vocabulary: int = 50) -> Head:

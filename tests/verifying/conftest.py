@@ -6,9 +6,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from verifying_helpers import Ledger
 
 from posttrain.data import Episode, Message, StopReason, Task, ToolCall, ToolOutcome
+
+settings.register_profile("posttrain", deadline=None, derandomize=True)
+settings.load_profile("posttrain")
 
 Play = Callable[..., Episode]
 

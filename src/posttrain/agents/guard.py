@@ -2,7 +2,7 @@
 
 Cedar skips a policy that fails to evaluate: a `forbid` that reads a missing attribute would silently not apply. Three things
 close that door: policies are validated when they are loaded, any error during evaluation denies, and an attribute whose absence
-could only help the caller must be present (see `polarity`). So taking an attribute away never turns Deny into Allow.
+could help the caller must be present (see `polarity`). So taking an attribute away never turns Deny into Allow.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Ruling(StrEnum):
     PERMITTED = "permitted"  # a permit applies and no forbid does
     FORBIDDEN = "forbidden"  # a forbid applies
     NOT_PERMITTED = "not_permitted"  # no permit applies: everything that is not allowed is denied
-    MISSING_CONTEXT = "missing_context"  # an attribute that a policy asks for by `has` is not there
+    MISSING_CONTEXT = "missing_context"  # an attribute that a policy depends on is not there
     POLICY_ERROR = "policy_error"  # a policy or the request could not be evaluated
 
 
@@ -107,7 +107,7 @@ class Guard:
         facts = arguments if context is None else context
         missing = sorted({".".join(path) for needs in self._needs for path in needs.of(tool) if not _present(facts, path)})
         if missing:
-            return Decision(False, Ruling.MISSING_CONTEXT, tuple(missing), "attributes that a policy asks for are not there")
+            return Decision(False, Ruling.MISSING_CONTEXT, tuple(missing), "attributes that a policy depends on are not there")
         try:
             values = {key: _cedar_value(value) for key, value in facts.items() if value is not None}
             _no_escape(facts)

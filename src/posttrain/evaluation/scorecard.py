@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from posttrain.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class Scorecard:
     """What one candidate scored on one suite.
 
     `metrics` are over all tasks; `slices["tenant=bank_A"]["tool_success"]` the same by slice. `outcomes["tool_success"]` maps a
-    task id to that task's value: two scorecards of the same suite are compared task by task. `samples` keeps a few answers to read.
+    task id to that task's value: two scorecards of the same suite are compared task by task. `tasks` maps a task id to its tenant
+    and kind. `samples` keeps a few answers to read.
     """
 
     suite: str
@@ -34,4 +37,65 @@ class Scorecard:
     metrics: Mapping[str, Metric]
     slices: Mapping[str, Mapping[str, Metric]] = field(default_factory=dict)
     outcomes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
+
+    def metric(self, name: str, slice: str | None = None) -> Metric:
+        """The metric, overall or in a slice ('kind=advise'). Raises DataError naming what there is."""
+        table = self.metrics if slice is None else self.slices.get(slice)
+        if table is None:
+            raise DataError(
+                "the scorecard has no such slice",
+                where=self.candidate,
+                value=slice,
+                remedy=f"slices: {', '.join(sorted(self.slices))}",
+            )
+        if name not in table:
+            place = "" if slice is None else f" in {slice}"
+            raise DataError(
+                f"the scorecard has no such metric{place}",
+                where=self.candidate,
+                value=name,
+                remedy=f"metrics: {', '.join(sorted(table))}",
+            )
+        return table[name]
+
+    def values(self, name: str, slice: str | None = None) -> dict[str, float]:
+        """Outcome by task id, restricted to a slice; empty for metrics that are not per task (latency, drift)."""
+        outcomes = self.outcomes.get(name, {})
+        if slice is None:
+            return dict(outcomes)
+        key, _, wanted = slice.partition("=")
+        return {task: value for task, value in outcomes.items() if self.tasks.get(task, {}).get(key) == wanted}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("suite", "split", "seed", "n", "candidate")},
+            "metrics": _plain(self.metrics),
+            "slices": {name: _plain(table) for name, table in self.slices.items()},
+            "outcomes": {name: dict(values) for name, values in self.outcomes.items()},
+            "tasks": {name: dict(values) for name, values in self.tasks.items()},
+            "samples": [dict(sample) for sample in self.samples],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str = "scorecard") -> Scorecard:
+        """Raises DataError when a part is missing or garbled."""
+        try:
+            return cls(
+                value["suite"], value["split"], int(value["seed"]), int(value["n"]), value["candidate"], _metrics(value["metrics"]),
+                {name: _metrics(table) for name, table in value["slices"].items()}, value["outcomes"], value.get("tasks", {}),
+                tuple(value.get("samples", ())),
+            )  # fmt: skip
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"not a scorecard ({error})", where=where, remedy="write one with `posttrain evaluate ... --json`"
+            ) from error
+
+
+def _plain(table: Mapping[str, Metric]) -> dict[str, Any]:
+    return {name: asdict(metric) for name, metric in table.items()}
+
+
+def _metrics(table: Mapping[str, Any]) -> dict[str, Metric]:
+    return {name: Metric(**metric) for name, metric in table.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -46,3 +46,9 @@ class Verdict:
     @property
     def passed(self) -> bool:
         return self.outcome is Outcome.REAL_GAIN
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "outcome": self.outcome.value, "checks": [asdict(check) for check in self.checks], "reasons": list(self.reasons),
+            "notes": dict(self.notes),
+        }  # fmt: skip

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Grammar:
 
     def check(self, where: str = "grammar") -> None:
         """Raise GrammarError naming what cannot be enforced. Needs no tokenizer."""
-        message = LLMatcher.validate_grammar(self.source, limits=_limits())
+        message = _problem(self.source)
         if message:
             raise _refused(message, where)
 
@@ -185,6 +185,12 @@ _GRAMMAR_CACHE = _Cache(_COMPILED)
 @cache
 def _executor() -> LLExecutor:
     return LLExecutor()
+
+
+@lru_cache(maxsize=_COMPILED)
+def _problem(source: str) -> str:
+    """What is wrong with a grammar, or ''. Cached: every task of a suite asks about the same few."""
+    return str(LLMatcher.validate_grammar(source, limits=_limits()))
 
 
 @cache

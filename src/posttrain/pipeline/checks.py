@@ -39,8 +39,11 @@ def check_disk(recipe: Recipe, base: Path) -> None:
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     needed, free = size * _COPIES_PER_STAGE * len(recipe.stages), free_bytes(Path(recipe.output))
     if needed > free:
-        raise StorageError(f"the run may need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free", where=recipe.output,
-                           remedy="free some space, or name another folder with output=...")
+        raise StorageError(
+            f"the run may need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free",
+            where=recipe.output,
+            remedy="free some space, or name another folder with output=...",
+        )
 
 
 def check_material(stage: StageRecipe, material: Material, contract: Contract) -> str:
@@ -49,7 +52,10 @@ def check_material(stage: StageRecipe, material: Material, contract: Contract) -
     conversations: list[Conversation] = [*material.conversations, *(c for records in material.tenants.values() for c in records)]
     named = [(c.id, contract.render(c)) for c in conversations]
     for pair in material.preferences:
-        named += [(f"{pair.id} ({side})", sequence) for side, sequence in zip(("chosen", "rejected"), contract.render_preference(pair), strict=True)]
+        named += [
+            (f"{pair.id} ({side})", sequence)
+            for side, sequence in zip(("chosen", "rejected"), contract.render_preference(pair), strict=True)
+        ]
     if not named:
         return f"{len(material.tasks)} tasks to play"
     found = preflight(named, max_tokens=limit, end_of_turn=contract.end_of_turn)

@@ -6,10 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from posttrain.evaluation import RunSummary
+    from posttrain.recipe import Recipe
 
 _SHOWN = ("loss", "reward", "pass_share", "accuracy", "drift", "kl_sum", "lr")
 _EVERY = 10.0  # seconds between lines where there is no terminal
@@ -55,7 +60,13 @@ class Console:
         if self.quiet or not self._rich.is_terminal:
             yield lambda count: None
             return
-        columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self._rich, transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda count: bar.advance(task, count)
@@ -71,3 +82,16 @@ class Console:
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
         self._rich.print(table)
+
+    def finished(self, summary: RunSummary, page: Path, recipe: Recipe) -> None:
+        """The last words of a run: what passed, where the report is, how to serve."""
+        self.say("")
+        rows = [
+            (stage.name, stage.verdict.replace("_", " "), next(iter(stage.releases.values()), ""), f"{stage.seconds:.0f} s")
+            for stage in summary.stages
+        ]
+        self.table(rows, ("stage", "verdict", "release", "time"))
+        minutes = summary.seconds / 60
+        self.say(f"\n{minutes:.1f} minutes, peak memory {summary.peak_memory_mb:.0f} MB")
+        self.say(f"report: {page}")
+        self.say(f"serve:  posttrain serve --runs {recipe.output} --base {recipe.base}")

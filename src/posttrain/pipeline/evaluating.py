@@ -64,11 +64,18 @@ def _tenants(registry: Registry, channels: Channels, parents: Parents) -> tuple[
     """Every tenant on its own channel, as the server would route it."""
     releases = {name: channels.release(name) for name in channels.names()}
     runtime = Runtime.load(parents.runs_on(next(iter(releases.values()))).folder)
-    names = {name: _resident(runtime, release) for name, release in releases.items() if release.runs_on == runtime.policy.fingerprint}
+    names = {
+        name: _resident(runtime, release) for name, release in releases.items() if release.runs_on == runtime.policy.fingerprint
+    }
 
     def adapter_for(task: Task) -> str | None:
         if task.tenant not in names:
-            raise DataError("no channel serves the task's tenant", where=task.id, value=task.tenant, remedy=f"channels: {', '.join(sorted(names))}")
+            raise DataError(
+                "no channel serves the task's tenant",
+                where=task.id,
+                value=task.tenant,
+                remedy=f"channels: {', '.join(sorted(names))}",
+            )
         return names[task.tenant]
 
     return runtime, adapter_for
@@ -94,7 +101,9 @@ def decide_files(parent: Path, candidate: Path, policy: Path) -> Verdict:
     try:
         value = yaml.safe_load(policy.read_text("utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise DataError(f"the policy cannot be read ({error})", where=str(policy), remedy="give a YAML file with targets and guardrails") from error
+        raise DataError(
+            f"the policy cannot be read ({error})", where=str(policy), remedy="give a YAML file with targets and guardrails"
+        ) from error
     return decide(_card(parent), _card(candidate), build(GatePolicy, value or {}, str(policy)))
 
 
@@ -102,7 +111,9 @@ def _card(path: Path) -> Scorecard:
     try:
         return Scorecard.from_json(json.loads(path.read_text("utf-8")))
     except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"the scorecard cannot be read ({error})", where=str(path), remedy="write one with `posttrain evaluate ... --json`") from error
+        raise DataError(
+            f"the scorecard cannot be read ({error})", where=str(path), remedy="write one with `posttrain evaluate ... --json`"
+        ) from error
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:

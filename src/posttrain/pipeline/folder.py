@@ -37,16 +37,30 @@ class RunFolder:
         if note.exists():
             known = json.loads(note.read_text("utf-8"))
             if known["recipe_sha256"] != recipe.hash:
-                raise RecipeError("this run was started with another recipe", where=str(folder.root), value=recipe.hash[:12],
-                                  remedy="give the run another name (name=...), or delete its folder")
+                raise RecipeError(
+                    "this run was started with another recipe",
+                    where=str(folder.root),
+                    value=recipe.hash[:12],
+                    remedy="give the run another name (name=...), or delete its folder",
+                )
         else:
-            write_text(folder.root / "recipe.resolved.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True))
+            write_text(
+                folder.root / "recipe.resolved.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+            )
             write_json(note, {"recipe_sha256": recipe.hash, "versions": versions()})
         return folder
 
     @property
     def versions(self) -> dict[str, str]:
         return dict(json.loads((self.root / "run.json").read_text("utf-8"))["versions"])
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    def finished(self) -> bool:
+        path = self.root / "summary.json"
+        return path.exists() and json.loads(path.read_text("utf-8")).get("status") == "finished"
 
     def stage(self, name: str) -> Path:
         path = self.root / "stages" / name

@@ -52,7 +52,9 @@ def gather(stage: StageRecipe, world: World, seed: int) -> Material:
     return Material(conversations, hashes={"conversations": dataset_hash(conversations)})
 
 
-def _conversations(data: DataOptions, world: World, seed: int, shapes: dict[str, float], tenant: str | None = None) -> list[Conversation]:
+def _conversations(
+    data: DataOptions, world: World, seed: int, shapes: dict[str, float], tenant: str | None = None
+) -> list[Conversation]:
     if data.path:
         records = _read(read_conversations, data)
         return [record for record in records if tenant in (None, record.tenant)]
@@ -61,7 +63,9 @@ def _conversations(data: DataOptions, world: World, seed: int, shapes: dict[str,
 
 def _kinds(stage: StageRecipe) -> list[str]:
     if not stage.data.kinds:
-        raise RecipeError("the stage needs kinds of tasks", where=f"stages.{stage.name}.data.kinds", remedy="for example kinds: {reconcile: 1}")
+        raise RecipeError(
+            "the stage needs kinds of tasks", where=f"stages.{stage.name}.data.kinds", remedy="for example kinds: {reconcile: 1}"
+        )
     return [kind for kind, share in stage.data.kinds.items() for _ in range(max(1, round(share)))]
 
 

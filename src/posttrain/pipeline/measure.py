@@ -51,13 +51,17 @@ class Measurer:
         extra |= self._latency(runtime, parent, tasks, adapter_for)
         return evaluate(self.suite, candidate, judged, free, extra)
 
-    def _free_turns(self, player: Player, tasks: list[Task], options: RolloutOptions, adapter_for: AdapterFor) -> list[tuple[Task, Episode]]:
+    def _free_turns(
+        self, player: Player, tasks: list[Task], options: RolloutOptions, adapter_for: AdapterFor
+    ) -> list[tuple[Task, Episode]]:
         """First turns of evenly spread tasks, drawn without a grammar: what the model does when nothing holds its hand."""
         chosen = [replace(task, max_turns=1) for task in spread(tasks, self.recipe.free)]
         played = player.play(chosen, replace(options, constrained=False), adapter_for, seed=self.suite.seed)
         return [(task, episode) for task, episode, _ in played]
 
-    def _drift(self, runtime: Runtime, parent: Runtime | None, played: list[tuple[Task, Episode]], adapter_for: AdapterFor) -> dict[str, Metric]:
+    def _drift(
+        self, runtime: Runtime, parent: Runtime | None, played: list[tuple[Task, Episode]], adapter_for: AdapterFor
+    ) -> dict[str, Metric]:
         """KL(candidate || parent) over the full vocabulary at the positions the candidate chose, in nats per token."""
         means: list[float] = []
         by_adapter: dict[str | None, list[Rendered]] = {}
@@ -75,7 +79,9 @@ class Measurer:
         for index, task in enumerate(spread(tasks, self.recipe.latency)):
             prompt = tuple(runtime.contract.prompt_ids(task.messages, task.tools))
             own, other = (runtime, adapter_for(task)), (parent or runtime, None)
-            pair = [_seconds_per_token(target, name, prompt) for target, name in ((own, other) if index % 2 == 0 else (other, own))]
+            pair = [
+                _seconds_per_token(target, name, prompt) for target, name in ((own, other) if index % 2 == 0 else (other, own))
+            ]
             seconds.append((pair[0], pair[1]) if index % 2 == 0 else (pair[1], pair[0]))
         if not seconds:
             return {}
@@ -86,7 +92,9 @@ class Measurer:
 
 
 @torch.no_grad()
-def sequence_divergences(runtime: Runtime, parent: Runtime | None, adapter: str | None, sequences: Sequence[Rendered]) -> list[float]:
+def sequence_divergences(
+    runtime: Runtime, parent: Runtime | None, adapter: str | None, sequences: Sequence[Rendered]
+) -> list[float]:
     """Mean KL(candidate || parent) per learned token of each sequence."""
     means: dict[int, float] = {}
     for pack in fill_packs(sequences, 1024):

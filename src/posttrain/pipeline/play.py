@@ -23,7 +23,9 @@ class Player:
     console: Console
     max_tokens: int = 160
 
-    def play(self, tasks: Sequence[Task], options: RolloutOptions, adapter_for: Callable[[Task], str | None], seed: int) -> list[Played]:
+    def play(
+        self, tasks: Sequence[Task], options: RolloutOptions, adapter_for: Callable[[Task], str | None], seed: int
+    ) -> list[Played]:
         """`options.copies` judged episodes of each task, in order; the judgement is None where the verifier could not judge."""
         with self.console.progress("episodes", len(tasks) * options.copies) as advance:
             judged = run_judged(

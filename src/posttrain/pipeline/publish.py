@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 from posttrain.agents.world import World
 from posttrain.evaluation.scorecard import Scorecard
@@ -14,7 +13,7 @@ from posttrain.pipeline.folder import RunFolder
 from posttrain.pipeline.parents import Weights
 from posttrain.pipeline.pull import MAIN, Pulled
 from posttrain.recipe import Recipe, StageRecipe
-from posttrain.releases import Channels, Kind, Lineage, Parent, Parts, Registry, Release, Teacher, grammar_record
+from posttrain.releases import Channels, Kind, Lineage, Parent, Parts, Registry, Teacher, grammar_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,13 @@ class Publisher:
         """Ids by adapter name ('main' or a tenant): releases where the verdict passed, candidates where not."""
         ids = {}
         for name, weights in pulled.folders.items():
-            parts = Parts(weights, self._lineage(stage, name, pulled, parent, measured), measured.verdict, measured.card, self._grammar(name))
+            parts = Parts(
+                weights,
+                self._lineage(stage, name, pulled, parent, measured),
+                measured.verdict,
+                measured.card,
+                self._grammar(name),
+            )
             ids[name] = self.registry.build(parts).id if measured.verdict.passed else self.registry.keep(parts).id
         if measured.verdict.passed:
             self._promote(stage, ids)
@@ -60,7 +65,9 @@ class Publisher:
     def _lineage(self, stage: StageRecipe, name: str, pulled: Pulled, parent: Weights, measured: Measured) -> Lineage:
         came_from = Parent(parent.fingerprint, parent.release, parent.parity)
         dense = pulled.dense
-        teacher = Teacher(parent.release or "base", parent.fingerprint, pulled.runtime.contract.lock().fingerprint) if dense else None
+        teacher = (
+            Teacher(parent.release or "base", parent.fingerprint, pulled.runtime.contract.lock().fingerprint) if dense else None
+        )
         return Lineage(
             Kind.DENSE if dense else Kind.ADAPTER, stage.name, self.recipe.base, self.base.fingerprint, came_from,
             weights=pulled.runtime.policy.fingerprint if dense else None, tenant=None if name == MAIN else name, data=dict(measured.data),
@@ -70,5 +77,3 @@ class Publisher:
     def _grammar(self, name: str) -> dict[str, object]:
         tenant = None if name == MAIN else name
         return grammar_record(self.world.answer_schema(tenant), self.world.tools(tenant), {"llguidance": version("llguidance")})
-
-

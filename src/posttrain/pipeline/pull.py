@@ -37,7 +37,12 @@ class Pulled:
         if MAIN in self.folders:
             return MAIN
         if task.tenant not in self.folders:
-            raise DataError("no adapter was trained for the task's tenant", where=task.id, value=task.tenant, remedy="measure tenants' adapters on tenants' tasks")
+            raise DataError(
+                "no adapter was trained for the task's tenant",
+                where=task.id,
+                value=task.tenant,
+                remedy="measure tenants' adapters on tenants' tasks",
+            )
         return task.tenant
 
 
@@ -52,7 +57,14 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
     elif stage.kind == "preference":
         stops = {MAIN: preference.run(options, material.preferences, bench)}
     elif stage.kind == "reason":
-        stops = {MAIN: reason.run(options, material.tasks, lambda tasks, copies, seed, name: player.draw(tasks, copies, seed, name, options.temperature), bench)}
+        stops = {
+            MAIN: reason.run(
+                options,
+                material.tasks,
+                lambda tasks, copies, seed, name: player.draw(tasks, copies, seed, name, options.temperature),
+                bench,
+            )
+        }
     else:
         loop = tools.run if stage.kind == "tools" else sft.run
         stops = {MAIN: loop(options, material.conversations, bench)}
@@ -68,8 +80,11 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
 def _distil(options: distill.DistillOptions, material: Material, bench: Workbench, player: Player, runtime: Runtime) -> Pulled:
     taught = [*_own_answers(material.tasks, bench, player), *(bench.contract.render(c) for c in material.conversations)]
     if not taught:
-        raise DataError("the teacher passed none of its own answers and no records were given", where="distill.data",
-                        remedy="raise data.n, or lower data.own_share below 1")
+        raise DataError(
+            "the teacher passed none of its own answers and no records were given",
+            where="distill.data",
+            remedy="raise data.n, or lower data.own_share below 1",
+        )
     student = Runtime.of(distill.run(options, taught, bench), runtime.contract)
     folder = bench.folder / "weights" / MAIN
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +97,8 @@ def _own_answers(tasks: Sequence[Task], bench: Workbench, player: Player) -> lis
     """The teacher's greedy answers, unconstrained so that every token is its own choice; only those its verifier passed."""
     if not tasks:
         return []
-    played = player.draw(tasks, 1, derive(bench.seed, "teacher"), None, 0.0)
+    with bench.clock("sample"):
+        played = player.draw(tasks, 1, derive(bench.seed, "teacher"), None, 0.0)
     kept = [episode for episode, judgement in played if judgement is not None and judgement.passed]
-    bench.log(-1, {"teacher_pass_share": len(kept) / len(played), "teacher_kept": float(len(kept))})
+    bench.log("teacher", -1, 1, {"teacher_pass_share": len(kept) / len(played), "teacher_kept": float(len(kept))})
     return [bench.contract.render_episode(episode) for episode in kept]

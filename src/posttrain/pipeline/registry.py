@@ -32,11 +32,12 @@ def registry_view(runs: Path) -> dict[str, Any]:
             for release in registry.list()
         ],
         "candidates": [
-            {"id": item.id, "stage": item.lineage.stage, "verdict": item.verdict.outcome.value, "weights_kept": item.weights} for item in registry.candidates()
+            {"id": item.id, "stage": item.lineage.stage, "verdict": item.verdict.outcome.value, "weights_kept": item.weights}
+            for item in registry.candidates()
         ],
         "channels": dict(channels.pointers()),
         "history": [
-            {"at": move.at, "action": move.action.value, "channel": move.channel, "release": move.release, "previous": move.previous, "by": move.by, "why": move.why}
+            {name: getattr(move, name) for name in ("at", "channel", "release", "previous", "by", "why")} | {"action": move.action.value}
             for move in channels.history()
         ],
     }  # fmt: skip

@@ -52,7 +52,7 @@ class TreeAttention:
         if self.sink is not None:
             self.sink[layer] = (k, v)
         # split once, not sliced per node: the gradient of a slice is a zero tensor of the whole pack
-        queries, keys, values = (tensor.split(self._sizes, dim=2) for tensor in (q, k, v))
+        queries, keys, values = (torch.split(tensor, self._sizes, dim=2) for tensor in (q, k, v))
         outputs = []
         for index, path in enumerate(self._paths):
             k_node, v_node = _join(keys, path), _join(values, path)
@@ -64,7 +64,7 @@ class TreeAttention:
     def _mask(self, index: int, window: int | None) -> Tensor:
         """[queries, keys] bool: position of the key is not later, and within the sliding window if there is one."""
         if (index, window) not in self._masks:
-            parts = self.pack.positions.split(self._sizes)
+            parts = torch.split(self.pack.positions, self._sizes)
             q_positions = parts[index][:, None]
             k_positions = torch.cat([parts[node] for node in self._paths[index]])[None]
             allowed = k_positions <= q_positions

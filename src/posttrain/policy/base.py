@@ -66,7 +66,7 @@ def resolve_base(name: str) -> Path:
             )
         return folder
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / "config.json").exists():
             raise BaseModelError("the folder holds no config.json", where=str(folder), remedy="name a Hugging Face model folder")
         return folder

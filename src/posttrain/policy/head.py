@@ -53,7 +53,7 @@ class Head:
     def logprobs(self, hidden: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
         """log softmax(logits(hidden))[target]: [N, hidden], [N] -> [N] float32."""
         if self.bias is None and self.scale == 1.0 and self.cap is None and not self.weight.requires_grad:
-            out: Tensor = _PlainLogprobs.apply(hidden, self.weight, targets, chunk)
+            out: Tensor = _PlainLogprobs.apply(hidden, self.weight, targets, chunk)  # type: ignore[no-untyped-call]
             return out
         return self.chunked(self._token_logprobs, hidden, targets, chunk=chunk)
 

@@ -213,27 +213,33 @@ def fill_packs(sequences: Seq[Sequence], budget: int, units: Iterable[Seq[int]] 
 
     Units are placed in the order given (the stage shuffles); each goes to the open pack it shares the most with and still fits.
     """
-    units = [[i] for i in range(len(sequences))] if units is None else [list(unit) for unit in units]
+    whole = [[i] for i in range(len(sequences))] if units is None else [list(unit) for unit in units]
     packs: list[list[int]] = []
     sizes: list[int] = []
-    for unit in units:
-        best, cost_best, gain = -1, 0, -1
+    for unit in whole:
         own = _cost([], unit, sequences)
-        for index, pack in enumerate(packs):
-            cost = _cost(pack, unit, sequences)
-            if sizes[index] + cost <= budget and own - cost > gain:
-                best, cost_best, gain = index, cost, own - cost
-        if best < 0:
-            packs.append(list(unit))
-            sizes.append(own)
+        costs = [_cost(pack, unit, sequences) for pack in packs]
+        fitting = [index for index, cost in enumerate(costs) if sizes[index] + cost <= budget]
+        for index in sorted(fitting, key=lambda i: costs[i] - own):
+            size = _size(packs[index] + unit, sequences)
+            if size <= budget:
+                packs[index] += unit
+                sizes[index] = size
+                break
         else:
-            packs[best] += unit
-            sizes[best] += cost_best
+            packs.append(list(unit))
+            sizes.append(_size(unit, sequences))
     return [Pack.of([sequences[i] for i in pack], pack) for pack in packs]
 
 
+def _size(pack: list[int], sequences: Seq[Sequence]) -> int:
+    """Tokens of the pack these sequences make."""
+    return _grow_tree([sequences[i].ids for i in pack]).nodes[-1].end
+
+
 def _cost(pack: list[int], unit: Seq[int], sequences: Seq[Sequence]) -> int:
-    """Upper bound of the tokens a unit adds to a pack: its own, less what it shares with one member already there."""
+    """About the tokens a unit adds to a pack: its own, less what it shares with one member already there. The tree may add a few
+    more, where a new fork leaves a piece too short to share."""
     present = [sequences[i].ids for i in pack]
     total = 0
     for i in unit:

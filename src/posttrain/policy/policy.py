@@ -42,7 +42,7 @@ class Policy:
         self._fingerprint: str | None = None
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.base.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
+        model.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
         self.base.set_attn_implementation(NAME)
         self.head = Head.of(model)
 
@@ -82,11 +82,16 @@ class Policy:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(iter(self.base.parameters())).dtype
+        return self._first.dtype
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.base.parameters())).device
+        return self._first.device
+
+    @property
+    def _first(self) -> nn.Parameter:
+        parameter: nn.Parameter = next(iter(self.base.parameters()))
+        return parameter
 
     @property
     def config(self) -> Any:
@@ -227,7 +232,8 @@ class Policy:
         """One pass over flat tokens: ids, positions [T] -> hidden [T, hidden]; `context` computes the attention."""
         body = self.base.base_model
         out = body(input_ids=ids[None], position_ids=positions[None], use_cache=False, posttrain_context=context)
-        return out.last_hidden_state[0]
+        states: Tensor = out.last_hidden_state
+        return states[0]
 
     def logprobs(self, pack: Pack, chunk: int = 256) -> Tensor:
         """log pi(target | its prefix) [N] float32 of every prediction of the pack; differentiable when an adapter trains."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 from posttrain.training import Checkpointer, Learner, Objective
 
-Log = Callable[[int, Mapping[str, float]], None]
+Log = Callable[[str, int, int, Mapping[str, float]], None]  # phase, step (-1: before the first), total steps, metrics
 Watch = Callable[[int, Mapping[str, float]], str | None]
 
 
-def _quiet(step: int, metrics: Mapping[str, float]) -> None: ...
+def _quiet(phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
 
 def _trust(step: int, metrics: Mapping[str, float]) -> str | None:
@@ -33,8 +34,9 @@ def _trust(step: int, metrics: Mapping[str, float]) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Workbench:
-    """policy: the accepted parent's weights; folder: where checkpoints go; identity: hash of options, data and parent;
-    log: one line of metrics a step; watch: drift and guardrails, returns a reason to stop early or None; pack_tokens: size of a pack."""
+    """policy: the accepted parent's weights; folder: where checkpoints go; identity: hash of options, data and parent; pack_tokens:
+    size of a pack; log: one line of metrics a step; clock: `with clock("sample")` counts time apart; watch: drift and guardrails,
+    returns a reason to stop early or None."""
 
     policy: Policy
     contract: Contract
@@ -43,6 +45,7 @@ class Workbench:
     seed: int
     pack_tokens: int = 1536
     log: Log = _quiet
+    clock: Callable[[str], AbstractContextManager[None]] = nullcontext
     watch: Watch = _trust
 
 
@@ -73,7 +76,7 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
                 metrics["pack_tokens"] = float(sum(pack.tokens for pack in todo.packs))
             metrics |= learner.step()
             stopped = bench.watch(step, metrics)
-            bench.log(step, metrics)
+            bench.log(phase, step, learner.total_steps, metrics)
             learner.save(checkpointer, {"step": step + 1, "stopped": stopped})
     finally:
         checkpointer.close()

@@ -16,7 +16,7 @@ from posttrain.objectives.preference import dpo, sft_term
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import LoraOptions
-from posttrain.stages.bench import Work, Workbench, batches, leash, train
+from posttrain.stages.bench import Work, Workbench, batches, leash, learned_weight, train
 from posttrain.training import Learner, OptimiserOptions, Scored
 
 
@@ -35,6 +35,14 @@ class PreferenceOptions:
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=2e-4))
 
 
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """The global counts of one step, known before its first pack."""
+
+    pairs: int
+    chosen_tokens: float
+
+
 def run(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbench, name: str = "main") -> str | None:
     """Train adapter `name` on the pairs; returns why it stopped early, if it did."""
     sequences = check(options, pairs, bench)
@@ -47,7 +55,8 @@ def run(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbenc
         units = [(2 * i, 2 * i + 1) for i in range(len(plan[step]))]
         packs = fill_packs(chosen, bench.pack_tokens, units)  # a pair's prompt once, and pairs stay pairs
         references = {id(pack): learner.reference_logprobs(pack) for pack in packs}
-        return Work(packs, lambda scored: _objective(scored, references[id(scored.pack)], options, len(plan[step])))
+        step_size = StepSize(len(plan[step]), learned_weight(chosen[::2]))
+        return Work(packs, lambda scored: _objective(scored, references[id(scored.pack)], options, step_size))
 
     watch = leash(bench.watch, lambda metrics: metrics.get("drift", 0.0), options.max_drift, "drift from the reference")
     stopped = train(replace(bench, watch=watch), learner, work)
@@ -70,18 +79,18 @@ def check(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbe
     return sequences
 
 
-def _objective(scored: Scored, reference: Tensor, options: PreferenceOptions, pairs: int) -> tuple[Tensor, Metrics]:
+def _objective(scored: Scored, reference: Tensor, options: PreferenceOptions, size: StepSize) -> tuple[Tensor, Metrics]:
     logp = scored.padded_logprobs()
     mask, reference = scored.pack.mask(), scored.pack.pad(reference)
     chosen, rejected = _sides(scored.pack)
     sums, reference_sums = logp.sum(1), reference.sum(1)
     loss, metrics = dpo(
-        sums[chosen], sums[rejected], reference_sums[chosen], reference_sums[rejected], options.beta, normaliser=pairs
+        sums[chosen], sums[rejected], reference_sums[chosen], reference_sums[rejected], options.beta, normaliser=size.pairs
     )
     if options.sft > 0:
-        loss = loss + sft_term(sums[chosen], mask.sum(1)[chosen], options.sft, normaliser=pairs)
+        loss = loss + sft_term(sums[chosen], mask.sum(1)[chosen], options.sft, normaliser=size.chosen_tokens)
     # drift seen on the data, not on samples: mean |log pi - log ref| per token of the chosen answers
-    drift = (logp - reference).detach()[chosen].abs().sum() / mask[chosen].sum() * len(chosen) / pairs
+    drift = (logp - reference).detach()[chosen].abs().sum() / mask[chosen].sum() * len(chosen) / size.pairs
     return loss, {**metrics, "drift": drift}
 
 

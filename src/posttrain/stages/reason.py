@@ -92,7 +92,8 @@ def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbe
 
 def collect(options: CollectOptions, tasks: Sequence[Task], play: Play, bench: Workbench) -> list[Rendered]:
     """Sequences of the episodes the verifier passed, capped and deduplicated per task. Sampled from the parent (adapter still zero)."""
-    played = play(tasks, options.samples, derive(bench.seed, "collect"), None)
+    with bench.clock("sample"):
+        played = play(tasks, options.samples, derive(bench.seed, "collect"), None)
     kept: list[Rendered] = []
     solved = 0
     for start in range(0, len(played), options.samples):
@@ -104,7 +105,9 @@ def collect(options: CollectOptions, tasks: Sequence[Task], play: Play, bench: W
         kept += [bench.contract.render_episode(episode) for episode in list(distinct.values())[: options.cap]]
     passed = sum(judgement is not None and judgement.passed for _, judgement in played)
     bench.log(
+        "collect",
         -1,
+        1,
         {
             "collect_pass_share": passed / max(1, len(played)),
             "collect_solved_share": solved / max(1, len(tasks)),
@@ -121,7 +124,8 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
 
     def work(step: int) -> Work:
         chosen = [tasks[i] for i in plan[step]]
-        played = play(chosen, options.group, derive(bench.seed, "rollout", step), name)
+        with bench.clock("sample"):
+            played = play(chosen, options.group, derive(bench.seed, "rollout", step), name)
         advantages, rewards = group_advantages(options, [judgement for _, judgement in played])
         live = [i for i in range(len(played)) if advantages[i] != 0 and played[i][0].turns]
         metrics = {
@@ -137,7 +141,9 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
         references = {id(p): learner.reference_logprobs(p) for p in packs}
         return Work(packs, lambda s: _objective(s, options, old, advantages[live], references[id(s.pack)], len(played)), metrics)
 
-    watch = leash(bench.watch, lambda m: m.get("kl_sum", 0.0) / max(1.0, m.get("tokens", 1.0)), options.max_kl, "KL to the parent")
+    watch = leash(
+        bench.watch, lambda m: m.get("kl_sum", 0.0) / max(1.0, m.get("tokens", 1.0)), options.max_kl, "KL to the parent"
+    )
     stopped = train(replace(bench, watch=watch), learner, work, "grpo")
     learner.freeze()
     return stopped

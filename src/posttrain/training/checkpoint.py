@@ -17,6 +17,7 @@ from posttrain.files.atomic import atomic_folder, write_json
 from posttrain.files.hashing import hash_file
 
 _STATE, _TENSORS, _PREFIX = "state.json", "tensors.safetensors", "step-"
+_REMEDY = "delete this folder; the one before it is used"
 
 
 class Checkpointer:
@@ -87,15 +88,24 @@ def read_checkpoint(folder: Path, identity: str) -> tuple[dict[str, Tensor], dic
     if not complete:
         return None
     newest = complete[-1]
-    state = json.loads((newest / _STATE).read_text("utf-8"))
+    state = _state(newest)
     if state["identity"] != identity:
         raise CheckpointError(
             "the checkpoint was made with other options, data or parent",
             where=str(newest),
             remedy="start the run under a new name, or delete the stage's checkpoint folder",
         )
-    if hash_file(newest / _TENSORS) != state["sha256"]:
-        raise CheckpointError(
-            "the checkpoint's tensors were altered", where=str(newest), remedy="delete this folder; the one before it is used"
-        )
+    if not (newest / _TENSORS).exists() or hash_file(newest / _TENSORS) != state["sha256"]:
+        raise CheckpointError("the checkpoint's tensors were altered or are gone", where=str(newest), remedy=_REMEDY)
     return load_file(newest / _TENSORS), state
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((folder / _STATE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's state cannot be read ({error})", where=str(folder), remedy=_REMEDY) from error
+    lacking = sorted({"identity", "sha256", "steps_done"} - set(state if isinstance(state, dict) else ()))
+    if lacking:
+        raise CheckpointError(f"the checkpoint's state lacks {', '.join(lacking)}", where=str(folder), remedy=_REMEDY)
+    return dict(state)

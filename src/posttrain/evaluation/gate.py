@@ -1,0 +1,195 @@
+"""The gate: two scorecards and a policy in, a verdict out. Pure: no model, no files, no clock.
+
+| targets                       | guardrails       | verdict        |
+|-------------------------------|------------------|----------------|
+| gained                        | all hold         | real gain      |
+| gained, or the proxy gained   | one is breached  | reward hacking |
+| none gained, proxy did not    | one is breached  | regression     |
+| none gained                   | all hold         | idle drift     |
+
+A target gains when its difference to the parent, in the wanted direction, is at least `min_gain` and its confidence interval
+excludes zero. `at_least` and `at_most` bound the candidate's own value and must hold for every target that names them; a target with
+bounds only needs no comparison. Of the compared targets at least one must gain. A guardrail is breached when the candidate is worse
+than the parent by more than `max_drop` **and** the interval of the difference excludes zero harm (so that a small suite cannot fail
+a candidate by chance; such a case is noted as inconclusive), or when its own value violates a bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from posttrain.errors import RecipeError
+from posttrain.evaluation.scorecard import Scorecard
+from posttrain.evaluation.statistics import paired_difference, unpaired_difference
+from posttrain.evaluation.verdict import Check, Outcome, Verdict
+
+Direction = Literal["up", "down"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What must become better. `slice` such as 'kind=reconcile' restricts it; direction 'down' wants smaller values."""
+
+    metric: str
+    slice: str | None = None
+    min_gain: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    direction: Direction = "up"
+
+    @property
+    def compared(self) -> bool:
+        """Whether it asks for a gain over the parent; a target without any bound does."""
+        return self.min_gain is not None or (self.at_least is None and self.at_most is None)
+
+
+@dataclass(frozen=True, slots=True)
+class Guardrail:
+    """What must not become worse: by more than `max_drop` in the bad direction, or beyond a bound."""
+
+    metric: str
+    slice: str | None = None
+    max_drop: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    direction: Direction = "up"
+
+
+@dataclass(frozen=True, slots=True)
+class GatePolicy:
+    """Targets, guardrails, and optionally the metric that was trained on (`proxy`), to tell hacking from bad luck."""
+
+    targets: tuple[Target, ...] = ()
+    guardrails: tuple[Guardrail, ...] = ()
+    proxy: str | None = None
+    confidence: float = 0.95
+
+
+def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Verdict:
+    """The verdict by the table above. Raises RecipeError for a policy without targets, DataError for a metric that is not there."""
+    if not policy.targets:
+        raise RecipeError("a gate without targets can promote nothing", where="gate", remedy="name at least one target")
+    targets = [_target(parent, candidate, target, policy.confidence) for target in policy.targets]
+    guarded = [_guardrail(parent, candidate, guardrail, policy.confidence) for guardrail in policy.guardrails]
+    proxy = [_proxy(parent, candidate, policy)] if policy.proxy else []
+    compared = [check.passed for check, target in zip(targets, policy.targets, strict=True) if target.compared]
+    bounded = all(check.passed for check, target in zip(targets, policy.targets, strict=True) if not target.compared)
+    gained = bounded and (any(compared) if compared else True)
+    breached = [check for check, _ in guarded if not check.passed]
+    outcome = _outcome(gained, bool(breached), any(check.passed for check in proxy))
+    unsure = [
+        f"{_place(check)} fell by {abs(check.difference or 0):.3f}, within chance" for check, doubtful in guarded if doubtful
+    ]
+    notes = {"inconclusive": unsure, "paired": parent is not None and _same_tasks(parent, candidate)}
+    return Verdict(outcome, (*targets, *(check for check, _ in guarded), *proxy), _reasons(outcome, targets, breached), notes)
+
+
+def _outcome(gained: bool, breached: bool, proxy_gained: bool) -> Outcome:
+    if breached:
+        return Outcome.REWARD_HACKING if gained or proxy_gained else Outcome.REGRESSION
+    return Outcome.REAL_GAIN if gained else Outcome.IDLE_DRIFT
+
+
+def _reasons(outcome: Outcome, targets: list[Check], breached: list[Check]) -> tuple[str, ...]:
+    failed = [f"target {_place(check)}: {check.requirement}, got {_shown(check)}" for check in targets if not check.passed]
+    fell = [f"guardrail {_place(check)}: {check.requirement}, got {_shown(check)}" for check in breached]
+    return tuple(fell if outcome is Outcome.REAL_GAIN else [*fell, *failed])
+
+
+def _target(parent: Scorecard | None, candidate: Scorecard, target: Target, confidence: float) -> Check:
+    sign = 1 if target.direction == "up" else -1
+    difference = _difference(parent, candidate, target.metric, target.slice, confidence)
+    passed = _within(candidate.metric(target.metric, target.slice).value, target.at_least, target.at_most)
+    wanted = _bounds(target.at_least, target.at_most)
+    if target.compared:
+        least = target.min_gain or 0.0
+        wanted.insert(0, f"{'rise' if sign > 0 else 'fall'} beyond chance" + (f" by at least {least:g}" if least else ""))
+        passed = passed and difference is not None and sign * difference[0] >= least and _worst(difference, sign) > 0
+    return _check("target", parent, candidate, (target.metric, target.slice), difference, (", ".join(wanted), passed))
+
+
+def _guardrail(parent: Scorecard | None, candidate: Scorecard, guardrail: Guardrail, confidence: float) -> tuple[Check, bool]:
+    """The check, and whether it fell beyond the margin but within chance."""
+    sign = 1 if guardrail.direction == "up" else -1
+    difference = _difference(parent, candidate, guardrail.metric, guardrail.slice, confidence)
+    passed = _within(candidate.metric(guardrail.metric, guardrail.slice).value, guardrail.at_least, guardrail.at_most)
+    wanted, doubtful = _bounds(guardrail.at_least, guardrail.at_most), False
+    if guardrail.max_drop is not None:
+        wanted.insert(0, f"{'fall' if sign > 0 else 'rise'} by at most {guardrail.max_drop:g}")
+        if difference is not None and sign * difference[0] < -guardrail.max_drop:
+            certain = _best(difference, sign) < 0
+            passed, doubtful = passed and not certain, not certain
+    return _check(
+        "guardrail", parent, candidate, (guardrail.metric, guardrail.slice), difference, (", ".join(wanted), passed)
+    ), doubtful
+
+
+def _proxy(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Check:
+    assert policy.proxy is not None
+    difference = _difference(parent, candidate, policy.proxy, None, policy.confidence)
+    rose = difference is not None and difference[1] > 0
+    return _check("proxy", parent, candidate, (policy.proxy, None), difference, ("what was trained on, watched", rose))
+
+
+def _difference(
+    parent: Scorecard | None, candidate: Scorecard, name: str, slice: str | None, confidence: float
+) -> tuple[float, float, float, int] | None:
+    """(difference, low, high, n), paired where both scorecards hold the same tasks; None without a parent's value."""
+    own = candidate.metric(name, slice)
+    if parent is None:
+        return None
+    after, before = candidate.values(name, slice), parent.values(name, slice)
+    shared = sorted(after.keys() & before.keys()) if _same_tasks(parent, candidate) else []
+    if shared:
+        return *paired_difference([after[t] for t in shared], [before[t] for t in shared], confidence), len(shared)
+    table = parent.metrics if slice is None else parent.slices.get(slice, {})
+    if name not in table:
+        return None
+    other = table[name]
+    return *unpaired_difference((own.low, own.high), (other.low, other.high), (own.value, other.value)), min(own.n, other.n)
+
+
+def _check(
+    role: str, parent: Scorecard | None, candidate: Scorecard, what: tuple[str, str | None],
+    difference: tuple[float, float, float, int] | None, required: tuple[str, bool],
+) -> Check:  # fmt: skip
+    (name, slice), own = what, candidate.metric(*what)
+    table = {} if parent is None else parent.metrics if slice is None else parent.slices.get(slice, {})
+    before = table[name].value if name in table else None
+    d, low, high, n = difference if difference is not None else (None, None, None, own.n)
+    return Check(name, role, slice or "", before, own.value, d, low, high, n, *required)
+
+
+def _same_tasks(parent: Scorecard, candidate: Scorecard) -> bool:
+    return (parent.suite, parent.split, parent.seed) == (candidate.suite, candidate.split, candidate.seed)
+
+
+def _within(value: float, at_least: float | None, at_most: float | None) -> bool:
+    return (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+
+
+def _bounds(at_least: float | None, at_most: float | None) -> list[str]:
+    return [
+        *([f"at least {at_least:g}"] if at_least is not None else []),
+        *([f"at most {at_most:g}"] if at_most is not None else []),
+    ]
+
+
+def _worst(difference: tuple[float, float, float, int], sign: int) -> float:
+    """The end of the interval that is worst for the candidate, as a gain."""
+    return difference[1] if sign > 0 else -difference[2]
+
+
+def _best(difference: tuple[float, float, float, int], sign: int) -> float:
+    return difference[2] if sign > 0 else -difference[1]
+
+
+def _place(check: Check) -> str:
+    return f"{check.metric} ({check.slice})" if check.slice else check.metric
+
+
+def _shown(check: Check) -> str:
+    if check.difference is None:
+        return f"{check.candidate:.3f}"
+    return f"{check.candidate:.3f} ({check.difference:+.3f}, 95 % from {check.low:+.3f} to {check.high:+.3f}, n={check.n})"

@@ -1,0 +1,69 @@
+"""Suites: a world's tasks for any seed, or a JSONL file of Task records of anyone's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from posttrain.agents.world import World, load_world
+from posttrain.data import Defaults, read_tasks
+from posttrain.data.records import Message, Task
+from posttrain.errors import DataError
+
+_WORLD = "finance_ops"
+_KINDS = ("lookup", "advise", "high_risk", "benign", "reconcile", "tenant_style")
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """Named tasks. Two scorecards are compared task by task when name, split and seed are equal."""
+
+    name: str
+    split: str
+    seed: int
+    tasks: tuple[Task, ...]
+    world: str | None = None
+
+    @classmethod
+    def load(
+        cls, source: str, *, split: str = "test", seed: int = 1, n: int = 96, kinds: Mapping[str, int] | None = None
+    ) -> Suite:
+        """A file that ends in .jsonl or .jsonl.gz, or a world's name. `kinds` gives a number of tasks for each kind of a world;
+        without it, n tasks are spread over the world's kinds. Raises DataError for malformed rows and an empty suite."""
+        if source.endswith((".jsonl", ".jsonl.gz", ".json")) or Path(source).is_file():
+            return cls._from_file(Path(source))
+        world = load_world(source)
+        known = tuple(getattr(world, "kinds", _KINDS))
+        counts = dict(kinds) if kinds else {kind: n // len(known) + (index < n % len(known)) for index, kind in enumerate(known)}
+        tasks = [
+            task for kind, count in counts.items() if count for task in world.tasks(kinds=[kind], n=count, split=split, seed=seed)
+        ]
+        if not tasks:
+            raise DataError("the suite is empty", where=source, value=n, remedy="ask for at least one task")
+        return cls(source, split, seed, tuple(tasks), source)
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Suite:
+        worlds: dict[str, World] = {}
+        defaults = Defaults(catalogue={tool.name: tool for tool in load_world(_WORLD).tools()})
+        tasks, _ = read_tasks(path, defaults)
+        if not tasks:
+            raise DataError("the suite is empty", where=str(path), remedy="write one Task record a line (docs/formats.md)")
+        complete = tuple(_completed(task, worlds) for task in tasks)
+        return cls(path.name, "file", 0, complete, next(iter(worlds), _WORLD))
+
+
+def _completed(task: Task, worlds: dict[str, World]) -> Task:
+    """What a short row leaves out comes from its world: the tenant's system text, tools and answer schema."""
+    name = str(task.environment.get("world", _WORLD))
+    world = worlds.setdefault(name, load_world(name))
+    messages = task.messages
+    if messages and messages[0].role != "system":
+        messages = (Message("system", world.system_prompt(task.tenant)), *messages)
+    return replace(
+        task,
+        messages=messages,
+        tools=task.tools or world.tools(task.tenant),
+        response_schema=task.response_schema if task.response_schema is not None else world.answer_schema(task.tenant),
+    )

@@ -1,0 +1,225 @@
+"""Builders: one per task kind, and the mix of builders behind each of the four conversation shapes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from posttrain.data.records import Message, Shape
+from posttrain.worlds.finance_ops import money
+from posttrain.worlds.finance_ops.answers import Answer, Decision
+from posttrain.worlds.finance_ops.prompts import system_prompt
+from posttrain.worlds.finance_ops.scenarios import control, judgements, lookups, reconcile
+from posttrain.worlds.finance_ops.scenarios.bench import Bench, Scenario, expectation, user
+from posttrain.worlds.finance_ops.scenarios.lookups import Lookup
+from posttrain.worlds.finance_ops.styles import Reply, dress
+
+Builder = Callable[[Bench], Scenario]
+
+
+def _scenario(bench: Bench, kind: str, shape: Shape, turns: tuple[Message, ...], gold: tuple[Message, ...], arguments: Mapping[str, Any],
+              **more: Any) -> Scenario:  # fmt: skip
+    prompt = (Message("system", system_prompt(bench.tenant)), *turns)
+    return Scenario(kind, shape, bench.tenant, prompt, gold, arguments, bench.reference, **more)
+
+
+def _solve(bench: Bench, asked: Lookup, index: int = 0) -> tuple[tuple[Message, Message, Message], dict[str, Any]]:
+    """Call, result and answer of a lookup, with what its verifier compares."""
+    call, result, value = bench.act(asked.name, asked.arguments, index=index)
+    if "error" in value:
+        raise AssertionError(f"gold call failed: {asked.name} {asked.arguments} -> {value}")
+    reply = asked.reply(value)
+    figures = [amount for _, amount in reply.answer.figures]
+    arguments = expectation(asked.name, asked.arguments, figures[-1:], topic=reply.topic)
+    return (call, result, bench.answer(reply)), arguments
+
+
+def tool_lookup(bench: Bench, asked: Lookup | None = None, kind: str = "lookup") -> Scenario:
+    """One request, one call, one grounded answer."""
+    found = asked or lookups.lookup(bench)
+    gold, arguments = _solve(bench, found)
+    verifier = "finance_ops.benign" if kind == "benign" else "finance_ops.lookup"
+    return _scenario(bench, kind, Shape.TOOL_TRAJECTORY, (user(found.utterance),), gold, arguments, verifier=verifier)
+
+
+def clarified_lookup(bench: Bench) -> Scenario:
+    """The period is missing: ask for it, then call. The last user turn is the prompt's end."""
+    centre, period = bench.pick("SELECT cost_centre, period FROM budgets")
+    first = bench.say("budget.open", cc=centre)
+    asked = lookups.budget(bench, (centre, period), "follow.fill")
+    gold, arguments = _solve(bench, asked)
+    turns = (user(first), bench.answer(_which_period(centre)), user(asked.utterance))
+    return _scenario(bench, "lookup", Shape.MULTI_TURN, turns, gold, arguments, verifier="finance_ops.lookup")
+
+
+def _which_period(centre: str) -> Reply:
+    answer = Answer(Decision.CLARIFY, f"Which period do you mean for the budget of {centre}?", (), (), ("Name the period.",))
+    return Reply(answer, "BUD-01", "Missing: the period.", "budgets are set by period", "the wrong month")
+
+
+def followed_lookup(bench: Bench) -> Scenario:
+    """A solved request, then a follow-up that reuses its entity."""
+    first = bench.rng.choice((lookups.cash, lookups.budget))(bench)
+    solved, _ = _solve(bench, first)
+    assert first.follow is not None, "cash and budget lookups have a follow-up"
+    second = first.follow()
+    gold, arguments = _solve(bench, second, index=1)
+    turns = (user(first.utterance), *solved, user(second.utterance))
+    return _scenario(bench, "lookup", Shape.MULTI_TURN, turns, gold, arguments, verifier="finance_ops.lookup")
+
+
+def any_lookup(bench: Bench) -> Scenario:
+    """Mostly single requests; some with history."""
+    return bench.rng.choices((tool_lookup, clarified_lookup, followed_lookup), weights=(8, 1, 1))[0](bench)
+
+
+def two_calls(bench: Bench) -> Scenario:
+    """One request with two questions: two calls, one after the other, and one answer."""
+    first = bench.rng.choice((lookups.cash, lookups.budget, lookups.document))(bench)
+    second = lookups.policy(bench)
+    text = f"{first.utterance.text.rstrip('.')}{'' if first.utterance.text.endswith('?') else '.'} {bench.phrase('two.link')} {second.utterance.text}"
+    (call, result, _), wanted = _solve(bench, first)
+    (also, found, _), wanted_also = _solve(bench, second, index=1)
+    replies = first.reply(json.loads(result.content)), second.reply(json.loads(found.content))
+    one, two = (reply.answer for reply in replies)
+    answer = one.but(summary=f"{one.summary} {two.summary}", figures=(*one.figures, *two.figures), sources=(*one.sources, *two.sources))
+    reply = replace(replies[0], answer=answer)
+    arguments = {**wanted, "also": wanted_also["call"], "topic": wanted_also["topic"], "figures": [amount for _, amount in answer.figures]}
+    return _scenario(bench, "two_calls", Shape.TOOL_TRAJECTORY, (Message("user", text),), (call, result, also, found, bench.answer(reply)), arguments,
+                     verifier="finance_ops.lookup", max_turns=4)  # fmt: skip
+
+
+def benign(bench: Bench) -> Scenario:
+    """A look-alike of a high-risk request, to be served."""
+    return tool_lookup(bench, control.benign(bench), "benign")
+
+
+def high_risk(bench: Bench) -> Scenario:
+    """A request to refuse, sometimes only after reading the document it points at."""
+    asked = control.refusal(bench)
+    answer = bench.answer(asked.reply)
+    gold: tuple[Message, ...] = (answer,)
+    if asked.reads:
+        found = lookups.document_of(asked.utterance, asked.reads)
+        call, result, _ = bench.act(found.name, found.arguments)
+        gold = (call, result, answer)
+    arguments = {"decision": "refuse", "topic": asked.reply.topic}
+    return _scenario(bench, "high_risk", Shape.SAFETY_STYLE, (user(asked.utterance),), gold, arguments,
+                     verifier="finance_ops.high_risk", high_risk=True)  # fmt: skip
+
+
+def facts(bench: Bench) -> Scenario:
+    """A question on facts that the request gives: no tool."""
+    asked = judgements.facts(bench)
+    arguments = {"decision": "answer", "figures": [asked.amount], "sources": [asked.ref], "topic": asked.reply.topic}
+    return _scenario(bench, "facts", Shape.SINGLE_TURN, (user(asked.text),), (bench.answer(asked.reply),), arguments,
+                     verifier="finance_ops.facts", max_turns=2)  # fmt: skip
+
+
+def advise(bench: Bench) -> Scenario:
+    """Advice with evidence and ordered actions."""
+    asked = judgements.advise(bench)
+    return _advised(bench, asked, asked.reply)
+
+
+def _advised(bench: Bench, asked: judgements.Question, reply: Reply) -> Scenario:
+    arguments = {"decision": "propose", "figures": [asked.amount], "sources": [asked.ref], "evidence": list(asked.evidence), "topic": asked.reply.topic}
+    return _scenario(bench, "advise", Shape.SINGLE_TURN, (user(asked.text),), (bench.answer(reply),), arguments,
+                     verifier="finance_ops.advise", max_turns=2)  # fmt: skip
+
+
+def advise_mixed(bench: Bench) -> Scenario:
+    """Advice as people write it in demonstrations, of mixed quality: full, with empty actions, or vague. Preferences sharpen it later."""
+    asked = judgements.advise(bench)
+    good = asked.reply.answer
+    if bench.style is not None:
+        return _advised(bench, asked, asked.reply)
+    quality = bench.rng.choices(("full", "toothless", "vague"), weights=(35, 25, 40))[0]
+    answer = {"full": good, "toothless": judgements.toothless(bench, good), "vague": judgements.vague(bench, good)}[quality]
+    return _advised(bench, asked, replace(asked.reply, answer=answer))
+
+
+def reconcile_task(bench: Bench) -> Scenario:
+    """One extract, one trial posting; the episode ends with the call."""
+    told = reconcile.case(bench)
+    call, _, value = bench.act("propose_entry", told.arguments)
+    assert value.get("difference") == "0.00", f"gold entry leaves a difference: {told} {value}"
+    arguments = {"call": {"name": "propose_entry", "arguments": told.arguments}, "document": told.truth.doc, "difference": told.truth.kind,
+                 "gap": money.text(told.truth.gap)}  # fmt: skip
+    return _scenario(bench, "reconcile", Shape.TOOL_TRAJECTORY, (user(told.text),), (call,), arguments,
+                     verifier="finance_ops.reconcile", max_turns=1)  # fmt: skip
+
+
+def reconcile_closed(bench: Bench) -> Scenario:
+    """A reconciliation with its closing answer, for conversations."""
+    told = reconcile.case(bench)
+    call, result, value = bench.act("propose_entry", told.arguments)
+    gold = (call, result, bench.answer(reconcile.proposal_reply(told.arguments, value)))
+    return _scenario(bench, "reconcile", Shape.TOOL_TRAJECTORY, (user(told.text),), gold, {})
+
+
+def denied_transfer(bench: Bench) -> Scenario:
+    """The request claims two approvals, the books know fewer: the tool refuses, and so does the answer."""
+    ref, party, amount = bench.pick(
+        "SELECT ref, party, amount FROM payment_requests p WHERE (SELECT COUNT(*) FROM approvals a WHERE a.ref = p.ref) < 2"
+    )
+    people = bench.rng.sample([name for (name,) in bench.live.query("SELECT DISTINCT approver FROM approvals")], 2)
+    value = money.text(amount)
+    said = bench.say("transfer.benign", ref=ref, party=party, amount=value, a1=people[0], a2=people[1])
+    call, result, _ = bench.act("transfer_funds", {"ref": ref, "to": party, "amount": value})
+    answer = Answer(Decision.REFUSE, f"{ref} is not paid: the books do not show two approvals.", (), (ref,), ("Record the missing approval, then resubmit it.",))
+    reply = Reply(answer, "PAY-02", "Refused: approval not on file.", "the books show fewer approvals", "unauthorised payment", ref)
+    return _scenario(bench, "denied", Shape.SAFETY_STYLE, (user(said),), (call, result, bench.answer(reply)), {}, high_risk=True)
+
+
+def _plain_lookup(bench: Bench) -> Scenario:
+    """A lookup other than a policy question, whose answer cites a policy in any style."""
+    return tool_lookup(bench, bench.rng.choice((lookups.cash, lookups.ageing, lookups.budget, lookups.document, lookups.listing))(bench))
+
+
+def tenant_style(bench: Bench) -> Scenario:
+    """Any request whose answer shows the tenant's style; the gold is dressed in it."""
+    styled = Bench(bench.split, bench.seed, bench.tenant, bench.tenant, bench.rng)
+    found = bench.rng.choices((facts, _plain_lookup, high_risk, advise), weights=(3, 3, 3, 2))[0](styled)
+    arguments = {**found.arguments, "base": found.verifier}
+    return Scenario("tenant_style", found.shape, found.tenant, found.prompt, found.gold, arguments, found.environment,
+                    "finance_ops.tenant_style", found.high_risk, found.max_turns)  # fmt: skip
+
+
+KINDS: Mapping[str, Builder] = {
+    "lookup": any_lookup,
+    "advise": advise,
+    "high_risk": high_risk,
+    "benign": benign,
+    "reconcile": reconcile_task,
+    "tenant_style": tenant_style,
+    "facts": facts,
+    "two_calls": two_calls,
+}
+
+# shape -> (builder, weight) pairs
+SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
+    Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
+    Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
+    Shape.TOOL_TRAJECTORY: ((tool_lookup, 0.68), (two_calls, 0.04), (reconcile_task, 0.2), (reconcile_closed, 0.08)),
+    Shape.SAFETY_STYLE: ((high_risk, 0.5), (benign, 0.46), (denied_transfer, 0.04)),
+}
+
+
+def scenario_of_kind(bench: Bench, kind: str) -> Scenario:
+    return KINDS[kind](bench)
+
+
+def scenario_of_shape(bench: Bench, shape: Shape) -> Scenario:
+    builders, weights = zip(*SHAPES[shape], strict=True)
+    build: Builder = bench.rng.choices(builders, weights=weights)[0]
+    return build(bench)
+
+
+def preference(bench: Bench, index: int) -> tuple[Scenario, Answer, Answer]:
+    """An advice request with a better and a worse answer of balanced length."""
+    asked = judgements.advise(bench)
+    better = dress(asked.reply, None, bench.tenant)
+    return _advised(bench, asked, asked.reply), better, judgements.worse(bench, better, index)

@@ -1,0 +1,48 @@
+"""The eight tools as the model sees them: few short properties, enums where the choice is closed, money as decimal strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from posttrain.data.records import ToolSpec
+from posttrain.worlds.finance_ops.chart import BANK
+from posttrain.worlds.finance_ops.differences import Kind
+from posttrain.worlds.finance_ops.money import AMOUNT_PATTERN
+
+TABLES = ("receivables", "payables", "purchase_orders", "journal", "bank_lines")
+READ_TOOLS = ("query_erp", "cash_position", "ageing", "budget_status", "search_policy")
+RISKY_TOOLS = ("post_entry", "transfer_funds")
+
+_TEXT = {"type": "string", "minLength": 1, "maxLength": 60}
+_REF = {"type": "string", "pattern": r"^[A-Z]{2,4}-[0-9]{3,6}$"}
+_PERIOD = {"type": "string", "pattern": r"^20[0-9]{2}-(0[1-9]|1[0-2])$"}
+_AMOUNT = {"type": "string", "pattern": AMOUNT_PATTERN.replace("-?", "")}
+_ACCOUNT = {"type": "string", "pattern": r"^([0-9]{4}|none)$"}
+
+
+def _one_of(*values: str) -> dict[str, Any]:
+    return {"type": "string", "enum": list(values)}
+
+
+def _tool(name: str, description: str, properties: Mapping[str, Any], optional: tuple[str, ...] = ()) -> ToolSpec:
+    required = [key for key in properties if key not in optional]
+    schema = {"type": "object", "properties": dict(properties), "required": required, "additionalProperties": False}
+    return ToolSpec(name, description, schema)
+
+
+TOOLS: tuple[ToolSpec, ...] = (
+    _tool("query_erp", "documents and journals by ref, party, period",
+          {"table": _one_of(*TABLES), "ref": _REF, "party": _TEXT, "period": _PERIOD}, ("ref", "party", "period")),
+    _tool("cash_position", "bank balance, payments due", {"account": _one_of(*BANK)}),
+    _tool("ageing", "overdue amounts", {"side": _one_of("receivables", "payables"), "party": _TEXT}, ("party",)),
+    _tool("budget_status", "budget against actual", {"cost_centre": _TEXT, "period": _PERIOD}),
+    _tool("search_policy", "find a rule", {"query": _TEXT}),
+    _tool("propose_entry", "trial posting of a correction",
+          {"ref": _REF, "kind": _one_of(*Kind), "debit": _ACCOUNT, "credit": _ACCOUNT, "amount": _AMOUNT, "approval": _one_of("single", "dual")}),
+    _tool("post_entry", "post a proposal with its approval token",
+          {"ref": _REF, "token": {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$"}}),
+    _tool("transfer_funds", "pay a request that has two approvals", {"ref": _REF, "to": _TEXT, "amount": _AMOUNT}),
+)  # fmt: skip
+
+BY_NAME: Mapping[str, ToolSpec] = {tool.name: tool for tool in TOOLS}

@@ -1,0 +1,152 @@
+"""The whole road on a tiny random model: every stage, its gate, its release or its record, the report, the way back, and serving."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pipeline.conftest import tiny_recipe
+
+from posttrain.errors import BindingError, ContractError, RecipeError
+from posttrain.pipeline.registry import open_registry, promote_release, registry_lines, registry_view
+from posttrain.pipeline.run import run_recipe
+from posttrain.recipe import parse_recipe
+from posttrain.releases import Kind
+
+STAGES = ["sft", "tools", "preference", "reason", "distill", "adapters"]
+TENANTS = ["bank_A", "retail_B", "saas_C"]
+
+
+@pytest.fixture(scope="module")
+def road(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The finished run: (runs folder, summary)."""
+    output = tmp_path_factory.mktemp("runs")
+    return output, run_recipe(parse_recipe(tiny_recipe(tiny_base, output)), quiet=True)
+
+
+def test_every_stage_has_a_verdict_metrics_with_intervals_time_and_memory(road: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = road
+    assert [stage["name"] for stage in summary["stages"]] == STAGES
+    assert summary["status"] == "finished"
+    for stage in [summary["base"], *summary["stages"]]:
+        metric = stage["metrics"]["schema_validity_constrained"]
+        assert metric["low"] <= metric["value"] <= metric["high"]
+        assert metric["n"] > 0
+        assert stage["seconds"] > 0
+    assert all(stage["peak_memory_mb"] > 0 for stage in summary["stages"])
+    assert json.loads((road[0] / "tiny" / "summary.json").read_text()) == summary
+
+
+def test_a_failed_gate_stops_the_promotion_and_keeps_the_record(road: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = road
+    tools = summary["stages"][1]
+    assert not tools["accepted"]
+    registry, channels = open_registry(output)
+    assert registry.candidate(tools["releases"]["main"]).lineage.stage == "tools"
+    assert all(move.release != tools["releases"]["main"] for move in channels.history())
+    assert summary["stages"][2]["parent"] == summary["stages"][0]["releases"]["main"], "the road goes on from the last accepted release"
+
+
+def test_channels_follow_the_road_and_tenants_get_their_own_adapter(road: tuple[Path, dict[str, Any]]) -> None:
+    output, summary = road
+    distilled, adapters = summary["stages"][4]["releases"]["main"], summary["stages"][5]["releases"]
+    assert summary["channels"] == {"production": distilled, **adapters}
+    assert sorted(adapters) == TENANTS
+    registry, _ = open_registry(output)
+    assert registry.get(distilled).lineage.kind is Kind.DENSE
+    assert registry.get(distilled).lineage.teacher.release == summary["stages"][3]["releases"]["main"]
+    assert {registry.get(release).lineage.tenant for release in adapters.values()} == set(TENANTS)
+    assert {registry.get(release).runs_on for release in adapters.values()} == {registry.get(distilled).runs_on}
+
+
+def test_moving_a_parent_names_the_adapters_that_must_be_made_again(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    output, summary = road
+    copy = tmp_path / "runs"
+    shutil.copytree(output, copy)
+    lines = promote_release(copy, "production", summary["stages"][0]["releases"]["main"], by="alice", why="test", override=False)
+    stale = {line.split(": ")[1].split(" ")[0] for line in lines if line.startswith("must be made again")}
+    assert stale == set(summary["stages"][5]["releases"].values())
+
+
+def test_rollback_goes_to_the_release_before_with_a_line_of_history(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    copy = tmp_path / "runs"
+    shutil.copytree(road[0], copy)
+    _, channels = open_registry(copy)
+    channels.rollback("production", "alice", "complaints")
+    assert channels.current("production") == road[1]["stages"][3]["releases"]["main"]
+    assert "complaints" in "\n".join(registry_lines(registry_view(copy)))
+
+
+def test_a_person_may_release_what_the_gate_refused_on_their_name(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    copy = tmp_path / "runs"
+    shutil.copytree(road[0], copy)
+    promote_release(copy, "production", road[1]["stages"][1]["releases"]["main"], by="alice", why="needed today", override=True)
+    registry, channels = open_registry(copy)
+    override = registry.get(channels.current("production")).override
+    assert override is not None
+    assert (override.by, override.why) == ("alice", "needed today")
+
+
+def test_a_finished_run_does_nothing(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    before = (road[0] / "tiny" / "metrics.jsonl").read_bytes()
+    assert run_recipe(parse_recipe(tiny_recipe(tiny_base, road[0])), quiet=True) == road[1]
+    assert (road[0] / "tiny" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_folder_belongs_to_one_recipe(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    with pytest.raises(RecipeError, match="another recipe"):
+        run_recipe(parse_recipe(tiny_recipe(tiny_base, road[0], seed=2)), quiet=True)
+
+
+def test_the_report_names_every_stage(road: tuple[Path, dict[str, Any]]) -> None:
+    page = (road[0] / "tiny" / "report.html").read_text()
+    assert all(stage in page for stage in STAGES)
+
+
+def test_an_adapter_is_refused_on_other_weights(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    from posttrain.policy import Policy
+
+    registry, _ = open_registry(road[0])
+    release = registry.get(road[1]["stages"][5]["releases"]["bank_A"])
+    with pytest.raises(BindingError, match="another parent"):
+        Policy.load(tiny_base).load_adapter("x", release.folder, expected_parent=release.runs_on)
+
+
+def test_a_release_with_another_contract_is_refused(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    from posttrain.contract import Contract
+
+    registry, _ = open_registry(road[0])
+    folder = tmp_path / "release"
+    shutil.copytree(registry.get(road[1]["stages"][0]["releases"]["main"]).folder, folder)
+    lock = folder / "contract.lock.json"
+    lock.chmod(0o644)
+    value = json.loads(lock.read_text())
+    value["goldens"][0]["ids"][0] += 1
+    lock.write_text(json.dumps(value))
+    with pytest.raises(ContractError, match="golden"):
+        Contract.load(folder)
+
+
+def test_the_channels_are_served_to_their_tenants_only(road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    from posttrain.pipeline.served import application, ensure_keys
+
+    registry, channels = open_registry(road[0])
+    keys = ensure_keys(tmp_path / "keys.json", channels)
+    assert sorted(keys) == sorted([*TENANTS, "production"])
+    app = application(registry, channels, str(tiny_base), road[0] / "weights", tmp_path / "keys.json", tmp_path / "audit.jsonl")
+    with TestClient(app) as client:
+        body = {"model": "default", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        body["model"] = client.get("/v1/models", headers=_key(keys["bank_A"])).json()["data"][0]["id"]
+        assert client.post("/v1/chat/completions", json=body, headers=_key(keys["bank_A"])).status_code == 200
+        assert client.post("/v1/chat/completions", json=body, headers=_key(keys["saas_C"])).status_code in (403, 404)
+        assert client.post("/v1/chat/completions", json=body, headers=_key("pt-wrong")).status_code == 401
+    assert road[1]["channels"]["bank_A"] in (tmp_path / "audit.jsonl").read_text()
+
+
+def _key(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}

@@ -1,0 +1,60 @@
+"""A tiny training run that another process may kill: `python killable.py {sft|dpo} FOLDER` says each step it finished.
+
+The tests import `run` as well, to finish the killed run and to make the uninterrupted one it is compared with.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from posttrain.contract import Contract
+from posttrain.data.records import Conversation, Message, Preference
+from posttrain.policy import LoraOptions, Policy
+from posttrain.stages import Workbench, preference, sft
+from posttrain.training import OptimiserOptions
+from tiny_models import tiny_model, train_tokenizer
+
+STEPS = 12
+IDENTITY = "killable"
+OPTIMISER = OptimiserOptions(lr=5e-3)
+LORA = LoraOptions(rank=4, alpha=8)
+
+
+def say(phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
+    print(f"step {step}", flush=True)
+    time.sleep(0.05)  # room for a signal to land anywhere in the run, also while a checkpoint is written
+
+
+def quiet(phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
+
+
+def run(kind: str, folder: Path, *, log: object = quiet, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Train and return the adapter's final weights."""
+    torch.manual_seed(0)
+    contract = Contract(train_tokenizer())
+    policy = Policy(tiny_model(vocabulary=contract.vocabulary_size).to(dtype))
+    bench = Workbench(policy, contract, folder, identity=IDENTITY, seed=3, pack_tokens=120, log=log)  # type: ignore[arg-type]
+    asked = [Message("user", f"What is due on account {i}?") for i in range(8)]
+    if kind == "sft":
+        records = [Conversation(str(i), (m, Message("assistant", f"{i}2.50 is due"))) for i, m in enumerate(asked)]
+        sft.run(sft.SftOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER), records, bench)
+    else:
+        pairs = [
+            Preference(str(i), (m,), (Message("assistant", f"{i}2.50"),), (Message("assistant", "a lot"),))
+            for i, m in enumerate(asked)
+        ]
+        options = preference.PreferenceOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER)
+        preference.run(options, pairs, bench)
+    return {name: p.detach().clone() for name, p in policy.adapter_parameters("main").items()}
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]), log=say)
+    print("finished", flush=True)
