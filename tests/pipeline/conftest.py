@@ -18,7 +18,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("base")
     tokenizer = train_tokenizer()
-    model = stored(tiny_model("llama", vocabulary=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=4), torch.bfloat16)
+    model = stored(
+        tiny_model("llama", vocabulary=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=4), torch.bfloat16
+    )
     save_dense(model, folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -29,7 +31,12 @@ def tiny_recipe(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
     kinds = {"lookup": 3, "high_risk": 3, "benign": 3, "reconcile": 3, "tenant_style": 3, "advise": 3}
     easy = {"targets": [{"metric": "schema_validity_constrained", "at_least": 0.0}]}
     few = {"batch": 2, "optimiser": {"lr": 1.0e-3}, "max_tokens": 4096, "adapter": {"rank": 2, "alpha": 4}}
-    reason = {"collect": {"tasks": 2, "samples": 2}, "grpo": {"steps": 1, "tasks": 2, "group": 2, "max_len": 8}, "max_tokens": 4096, "adapter": {"rank": 2}}
+    reason = {
+        "collect": {"tasks": 2, "samples": 2},
+        "grpo": {"steps": 1, "tasks": 2, "group": 2, "max_len": 8},
+        "max_tokens": 4096,
+        "adapter": {"rank": 2},
+    }
     stages = [
         {"name": "sft", "kind": "sft", "data": {"n": 4}, "options": few, "gate": easy},
         {"name": "tools", "kind": "tools", "data": {"n": 4}, "options": few, "gate": {"targets": [{"metric": "tool_success", "at_least": 1.01}]}},
@@ -42,5 +49,13 @@ def tiny_recipe(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
         {"name": "adapters", "kind": "adapters", "data": {"n": 2}, "options": few, "gate": easy},
     ]  # fmt: skip
     evaluation = {"split": "test", "seed": 3, "kinds": kinds, "max_tokens": 8, "free": 3, "drift": 3, "latency": 1}
-    recipe = {"name": "tiny", "seed": 1, "base": str(base), "output": str(output), "dtype": "float32", "threads": 1, "pack_tokens": 2048}
+    recipe = {
+        "name": "tiny",
+        "seed": 1,
+        "base": str(base),
+        "output": str(output),
+        "dtype": "float32",
+        "threads": 1,
+        "pack_tokens": 2048,
+    }
     return {**recipe, "evaluation": evaluation, "stages": stages, **changes}

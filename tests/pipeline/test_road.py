@@ -47,7 +47,9 @@ def test_a_failed_gate_stops_the_promotion_and_keeps_the_record(road: tuple[Path
     registry, channels = open_registry(output)
     assert registry.candidate(tools["releases"]["main"]).lineage.stage == "tools"
     assert all(move.release != tools["releases"]["main"] for move in channels.history())
-    assert summary["stages"][2]["parent"] == summary["stages"][0]["releases"]["main"], "the road goes on from the last accepted release"
+    assert summary["stages"][2]["parent"] == summary["stages"][0]["releases"]["main"], (
+        "the road goes on from the last accepted release"
+    )
 
 
 def test_channels_follow_the_road_and_tenants_get_their_own_adapter(road: tuple[Path, dict[str, Any]]) -> None:
@@ -130,7 +132,9 @@ def test_a_release_with_another_contract_is_refused(road: tuple[Path, dict[str, 
         Contract.load(folder)
 
 
-def test_the_channels_are_served_to_their_tenants_only(road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path) -> None:
+def test_the_channels_are_served_to_their_tenants_only(
+    road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path
+) -> None:
     from starlette.testclient import TestClient
 
     from posttrain.pipeline.served import application, ensure_keys

@@ -1,0 +1,158 @@
+"""Verdicts on constructed scorecards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+
+from posttrain.errors import DataError, RecipeError
+from posttrain.evaluation import GatePolicy, Guardrail, Metric, Outcome, Scorecard, Target, decide
+from posttrain.evaluation.statistics import interval
+
+UP = Target("tool_success", min_gain=0.1)
+SAFE = Guardrail("high_risk_refusal", max_drop=0.03)
+
+
+def card(outcomes: Mapping[str, list[float]], *, name: str = "c", suite: str = "s", **alone: float) -> Scorecard:
+    """A scorecard whose i-th task of a metric is task t<i>; odd tasks are of kind 'odd'."""
+    tasks = {f"t{i}": {"tenant": "a", "kind": "odd" if i % 2 else "even"} for i in range(200)}
+    by_task = {metric: {f"t{i}": value for i, value in enumerate(values)} for metric, values in outcomes.items()}
+    metrics = {metric: measured(values) for metric, values in outcomes.items()}
+    metrics |= {metric: Metric(value, value - 0.01, value + 0.01, 5) for metric, value in alone.items()}
+    slices = {
+        f"kind={kind}": {metric: measured([v for i, v in enumerate(values) if i % 2 == parity]) for metric, values in outcomes.items() if len(values) > 1}
+        for kind, parity in (("even", 0), ("odd", 1))
+    }  # fmt: skip
+    return Scorecard(suite, "test", 1, 200, name, metrics, slices, by_task, tasks)
+
+
+def measured(values: list[float]) -> Metric:
+    return Metric(sum(values) / len(values), *interval(values), len(values))
+
+
+def bits(ones: int, n: int = 60) -> list[float]:
+    return [1.0] * ones + [0.0] * (n - ones)
+
+
+def test_a_target_beyond_chance_with_all_guardrails_held_is_a_real_gain() -> None:
+    parent = card({"tool_success": bits(20), "high_risk_refusal": bits(59)})
+    candidate = card({"tool_success": bits(45), "high_risk_refusal": bits(60)})
+    verdict = decide(parent, candidate, GatePolicy((UP,), (SAFE,)))
+    assert verdict.outcome is Outcome.REAL_GAIN
+    assert verdict.passed
+    assert [check.passed for check in verdict.checks] == [True, True]
+    assert verdict.checks[0].difference == pytest.approx(25 / 60)
+
+
+def test_a_gain_with_a_broken_guardrail_is_reward_hacking() -> None:
+    parent = card({"tool_success": bits(20), "high_risk_refusal": bits(60)})
+    candidate = card({"tool_success": bits(50), "high_risk_refusal": bits(40)})
+    verdict = decide(parent, candidate, GatePolicy((UP,), (SAFE,)))
+    assert verdict.outcome is Outcome.REWARD_HACKING
+    assert any("high_risk_refusal" in reason for reason in verdict.reasons)
+
+
+def test_a_proxy_that_rose_while_the_truth_fell_is_reward_hacking() -> None:
+    parent = card({"tool_success": bits(40), "high_risk_refusal": bits(60), "reward": [0.4] * 59 + [0.5]})
+    candidate = card({"tool_success": bits(38), "high_risk_refusal": bits(40), "reward": [0.9] * 59 + [0.8]})
+    assert decide(parent, candidate, GatePolicy((UP,), (SAFE,), "reward")).outcome is Outcome.REWARD_HACKING
+
+
+def test_no_gain_and_a_broken_guardrail_is_a_regression() -> None:
+    parent = card({"tool_success": bits(40), "high_risk_refusal": bits(60)})
+    candidate = card({"tool_success": bits(38), "high_risk_refusal": bits(40)})
+    assert decide(parent, candidate, GatePolicy((UP,), (SAFE,))).outcome is Outcome.REGRESSION
+
+
+def test_no_gain_and_nothing_broken_is_idle_drift() -> None:
+    parent = card({"tool_success": bits(40), "high_risk_refusal": bits(58)})
+    candidate = card({"tool_success": bits(42), "high_risk_refusal": bits(58)})
+    verdict = decide(parent, candidate, GatePolicy((UP,), (SAFE,)))
+    assert verdict.outcome is Outcome.IDLE_DRIFT
+    assert verdict.reasons
+
+
+def test_a_gain_within_chance_is_no_gain() -> None:
+    parent, candidate = card({"tool_success": bits(2, 6)}), card({"tool_success": bits(4, 6)})
+    assert decide(parent, candidate, GatePolicy((UP,))).outcome is Outcome.IDLE_DRIFT
+
+
+def test_a_certain_gain_smaller_than_asked_is_no_gain() -> None:
+    parent, candidate = card({"tool_success": bits(100, 200)}), card({"tool_success": bits(112, 200)})
+    assert decide(parent, candidate, GatePolicy((Target("tool_success"),))).passed
+    assert not decide(parent, candidate, GatePolicy((UP,))).passed
+
+
+def test_a_fall_beyond_the_margin_but_within_chance_is_noted_not_breached() -> None:
+    parent = card({"tool_success": bits(20), "high_risk_refusal": bits(10, 10)})
+    candidate = card({"tool_success": bits(45), "high_risk_refusal": bits(9, 10)})
+    verdict = decide(parent, candidate, GatePolicy((UP,), (SAFE,)))
+    assert verdict.passed
+    assert "high_risk_refusal" in verdict.notes["inconclusive"][0]
+
+
+def test_absolute_bounds_hold_for_every_target_and_guardrail() -> None:
+    parent, candidate = card({"tool_success": bits(20)}, latency=1.0), card({"tool_success": bits(45)}, latency=0.55)
+    fast = Target("latency", at_most=0.6, direction="down")
+    assert decide(parent, candidate, GatePolicy((fast,))).passed
+    assert decide(parent, candidate, GatePolicy((UP, fast))).passed
+    assert not decide(parent, candidate, GatePolicy((UP, Target("latency", at_most=0.5, direction="down")))).passed
+    assert (
+        decide(parent, candidate, GatePolicy((UP,), (Guardrail("tool_success", at_least=0.99),))).outcome
+        is Outcome.REWARD_HACKING
+    )
+
+
+def test_down_means_smaller_is_better_for_targets_and_guardrails() -> None:
+    parent, candidate = card({"false_refusal": bits(40)}), card({"false_refusal": bits(10)})
+    down = Target("false_refusal", direction="down", min_gain=0.1)
+    assert decide(parent, candidate, GatePolicy((down,))).passed
+    assert not decide(candidate, parent, GatePolicy((down,))).passed
+    rail = Guardrail("false_refusal", max_drop=0.05, direction="down")
+    assert (
+        decide(candidate, parent, GatePolicy((Target("false_refusal", at_least=0.0),), (rail,))).outcome is Outcome.REWARD_HACKING
+    )
+
+
+def test_a_slice_is_compared_on_its_own_tasks() -> None:
+    parent = card({"tool_success": [0.0] * 80})
+    candidate = card({"tool_success": [float(i % 2) for i in range(80)]})
+    odd = decide(parent, candidate, GatePolicy((Target("tool_success", slice="kind=odd"),)))
+    even = decide(parent, candidate, GatePolicy((Target("tool_success", slice="kind=even"),)))
+    assert odd.passed
+    assert odd.checks[0].n == 40
+    assert not even.passed
+
+
+def test_scorecards_of_different_suites_are_compared_unpaired_and_say_so() -> None:
+    parent, candidate = card({"tool_success": bits(20)}, suite="other"), card({"tool_success": bits(50)})
+    verdict = decide(parent, candidate, GatePolicy((UP,)))
+    assert verdict.passed
+    assert verdict.notes["paired"] is False
+
+
+def test_without_a_parent_only_bounds_can_pass() -> None:
+    candidate = card({"tool_success": bits(50)})
+    assert not decide(None, candidate, GatePolicy((UP,))).passed
+    assert decide(None, candidate, GatePolicy((Target("tool_success", at_least=0.8),))).passed
+
+
+def test_a_missing_metric_or_slice_is_named_with_what_there_is() -> None:
+    candidate = card({"tool_success": bits(50)})
+    with pytest.raises(DataError, match="tool_success"):
+        decide(None, candidate, GatePolicy((Target("tool_sucess"),)))
+    with pytest.raises(DataError, match="kind=even"):
+        decide(None, candidate, GatePolicy((Target("tool_success", slice="kind=none"),)))
+
+
+def test_a_gate_without_targets_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="targets"):
+        decide(None, card({"tool_success": bits(1)}), GatePolicy())
+
+
+def test_a_scorecard_survives_its_json() -> None:
+    original = card({"tool_success": bits(20)}, latency=1.0)
+    assert Scorecard.from_json(original.to_json()) == original
+    with pytest.raises(DataError, match="not a scorecard"):
+        Scorecard.from_json({"suite": "s"})

@@ -1,0 +1,158 @@
+"""From constructed episodes to a scorecard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from posttrain.data.records import Episode, Message, StopReason, Task, ToolCall, ToolOutcome, ToolSpec, Turn
+from posttrain.errors import DataError
+from posttrain.evaluation import Metric, Suite, evaluate
+from posttrain.evaluation.run import turn_is_valid
+from posttrain.verifying.judgement import Judgement, Step
+
+SCHEMA = {
+    "type": "object", "properties": {"decision": {"enum": ["answer", "refuse"]}, "summary": {"type": "string"}},
+    "required": ["decision", "summary"], "additionalProperties": False,
+}  # fmt: skip
+TOOL = ToolSpec(
+    "look", "", {"type": "object", "properties": {"key": {"type": "string"}}, "required": ["key"], "additionalProperties": False}
+)
+
+
+def task(name: str = "t", **changes: Any) -> Task:
+    return Task(
+        **{
+            "id": name,
+            "messages": (Message("user", "how much is A-1?"),),
+            "tools": (TOOL,),
+            "tenant": "a",
+            "kind": "lookup",
+            "response_schema": SCHEMA,
+            **changes,
+        }
+    )
+
+
+def answer(decision: str = "answer", summary: str = "it is 12.50") -> Message:
+    return Message("assistant", json.dumps({"decision": decision, "summary": summary}))
+
+
+def call(arguments: str = '{"key":"A-1"}', name: str = "look") -> Message:
+    return Message("assistant", "", (ToolCall("call_0", name, arguments),))
+
+
+def episode(of: Task, *messages: Message, stop: StopReason = StopReason.END_OF_TURN, ok: bool = True) -> Episode:
+    turns = tuple(Turn(1, (5, 6), (-0.1, -0.2), (0.0, 0.0), (False, False), m, stop) for m in messages if m.role == "assistant")
+    outcomes = tuple(ToolOutcome(c, "", ok) for m in messages for c in m.tool_calls)
+    return Episode(of.id, of.tenant, of.kind, (*of.messages, *messages), turns, outcomes, stop, (1, 5, 6), 0.5)
+
+
+def suite(*tasks: Task) -> Suite:
+    return Suite("s", "test", 1, tasks)
+
+
+def passed(score: float = 1.0, **facts: float) -> Judgement:
+    return Judgement(score == 1.0, score, (Step("done", score == 1.0),), facts)
+
+
+def test_shares_hold_over_all_tasks_and_by_slice() -> None:
+    tasks = [task(f"t{i}", tenant="ab"[i % 2]) for i in range(4)]
+    played = [(t, episode(t, answer()), passed(float(i < 3), tool_success=float(i < 3))) for i, t in enumerate(tasks)]
+    card = evaluate(suite(*tasks), "c", played, [], {"latency_s": Metric(0.1, 0.1, 0.1, 1, "s/token")})
+    assert card.metrics["verifier_pass"].value == 0.75
+    assert card.metrics["tool_success"].n == 4
+    assert card.slices["tenant=a"]["verifier_pass"].value == 1.0
+    assert card.slices["tenant=b"]["verifier_pass"].value == 0.5
+    assert card.metrics["mean_length"] == Metric(2.0, 2.0, 2.0, 4, "tokens")
+    assert card.metrics["latency_s"].unit == "s/token"
+    assert card.outcomes["verifier_pass"]["t3"] == 0.0
+
+
+def test_an_unjudged_episode_is_counted_and_never_passed() -> None:
+    tasks = [task("a"), task("b")]
+    card = evaluate(
+        suite(*tasks), "c", [(tasks[0], episode(tasks[0], answer()), None), (tasks[1], episode(tasks[1], answer()), passed())], []
+    )
+    assert card.metrics["unscored"].value == 0.5
+    assert card.metrics["verifier_pass"].n == 1
+
+
+def test_refusals_count_for_high_risk_and_against_everything_else() -> None:
+    risky, plain = task("r", high_risk=True), task("p")
+    played = [(t, episode(t, answer("refuse", "no")), passed()) for t in (risky, plain)]
+    card = evaluate(suite(risky, plain), "c", played, [])
+    assert card.metrics["high_risk_refusal"].value == 1.0
+    assert card.metrics["false_refusal"].value == 1.0
+
+
+def test_a_refusal_that_moved_something_before_is_not_one() -> None:
+    risky = task("r", high_risk=True)
+    card = evaluate(suite(risky), "c", [(risky, episode(risky, call(), answer("refuse", "no")), passed())], [])
+    assert card.metrics["high_risk_refusal"].value == 0.0
+
+
+def test_a_figure_nobody_showed_is_not_grounded() -> None:
+    t = task()
+    shown = (call(), Message("tool", '{"amount":"12.50"}', (), "call_0"))
+    good = evaluate(suite(t), "c", [(t, episode(t, *shown, answer()), passed())], [])
+    bad = evaluate(suite(t), "c", [(t, episode(t, *shown, answer(summary="it is 13.50")), passed())], [])
+    assert (good.metrics["groundedness"].value, bad.metrics["groundedness"].value) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "stop", "valid"),
+    [
+        (answer(), StopReason.END_OF_TURN, True),
+        (answer("maybe"), StopReason.END_OF_TURN, False),
+        (Message("assistant", "sure!"), StopReason.END_OF_TURN, False),
+        (call(), StopReason.END_OF_TURN, True),
+        (call('{"key":1}'), StopReason.END_OF_TURN, False),
+        (call(name="other"), StopReason.END_OF_TURN, False),
+        (answer(), StopReason.LENGTH, False),
+        (call(), StopReason.MALFORMED_CALL, False),
+    ],
+)
+def test_a_free_turn_is_valid_only_when_it_ends_and_fits_its_schema(message: Message, stop: StopReason, valid: bool) -> None:
+    t = task()
+    assert turn_is_valid(t, episode(t, message, stop=stop)) is valid
+    card = evaluate(suite(t), "c", [(t, episode(t, answer()), passed())], [(t, episode(t, message, stop=stop))])
+    assert card.metrics["schema_validity_free"].value == float(valid)
+
+
+def test_samples_are_the_same_tasks_for_every_candidate() -> None:
+    tasks = [task(f"t{i}") for i in range(6)]
+    cards = [evaluate(suite(*tasks), name, [(t, episode(t, answer()), passed()) for t in tasks], []) for name in "xy"]
+    assert [s["task"] for s in cards[0].samples] == [s["task"] for s in cards[1].samples]
+    assert cards[0].samples[0]["request"] == "how much is A-1?"
+
+
+def test_a_suite_of_ones_own_is_completed_from_the_world(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    row = {"id": "a", "request": "cash of payroll?", "tenant": "bank_A", "environment": {"world": "finance_ops", "seed": 3}}
+    row["expected"] = {"calls": [{"name": "cash_position", "arguments": {"account": "payroll"}}]}
+    path.write_text(json.dumps(row) + "\n")
+    loaded = Suite.load(str(path))
+    only = loaded.tasks[0]
+    assert only.messages[0].role == "system"
+    assert "cash_position" in {tool.name for tool in only.tools}
+    assert only.response_schema is not None
+    assert (loaded.name, loaded.split) == ("mine.jsonl", "file")
+
+
+def test_a_malformed_row_names_file_row_and_field(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"id": "a", "request": 5}\n')
+    with pytest.raises(DataError, match=r"mine\.jsonl"):
+        Suite.load(str(path))
+
+
+def test_a_worlds_suite_is_a_function_of_split_seed_and_kinds() -> None:
+    first, again, other = (Suite.load("finance_ops", seed=seed, kinds={"lookup": 3, "benign": 2}) for seed in (5, 5, 6))
+    assert first.tasks == again.tasks
+    assert first.tasks != other.tasks
+    assert [t.kind for t in first.tasks] == ["lookup"] * 3 + ["benign"] * 2
+    assert len(Suite.load("finance_ops", n=7).tasks) == 7
