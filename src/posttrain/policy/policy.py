@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class Policy:
 
     def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
         self._refuse_unsafe(model.config)
-        self.base: Any = model
+        self.base: Any = cast(Any, model)
         self.model: Any = model  # becomes the PEFT wrapper with the first adapter
         self.folder = folder
         self._fingerprint: str | None = None
@@ -183,14 +183,12 @@ class Policy:
             self.head = Head.of(self.base)
 
     def use(self, name: str | None) -> None:
-        """Make one adapter active, or none."""
-        if not self.adapters:
-            assert name is None, f"no adapter {name!r}"
-            return
+        """Make one adapter active, or none. An adapter that is not there is a BindingError, never the base instead."""
         if name is not None and name not in self.adapters:
-            raise BindingError(
-                "the policy holds no such adapter", where="policy", value=name, remedy=f"loaded: {', '.join(self.adapters)}"
-            )
+            loaded = ", ".join(self.adapters) or "none"
+            raise BindingError("the policy holds no such adapter", where="policy", value=name, remedy=f"loaded: {loaded}")
+        if not self.adapters:
+            return
         # PEFT turns gradients on and off as it switches; who trains what is the learner's business, so put it back
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         for layer in self._lora_layers():

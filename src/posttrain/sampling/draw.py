@@ -44,11 +44,11 @@ def draw(
         log_p = torch.log_softmax(masked[warm] / temperatures, dim=-1)
         log_p = _truncate(log_p, [options[i] for i in warm])
         cumulative = log_p.exp().cumsum(dim=-1)
-        wanted = torch.tensor([u[i] for i in warm])[:, None] * cumulative[:, -1:]
-        chosen = torch.searchsorted(cumulative, wanted.to(cumulative.dtype), right=True).clamp_(max=logits.shape[1] - 1)
-        # rounding in the running sum may point one past a positive entry: fall back to the most probable token
-        bad = torch.isneginf(log_p.gather(1, chosen))
-        chosen = torch.where(bad, log_p.argmax(dim=-1, keepdim=True), chosen)
+        total = cumulative[:, -1:]
+        # strictly below the total (u may round up to 1 in float32): then the running sum rises past it at a token of positive
+        # probability, never at one that the mask or the truncation took away
+        wanted = torch.minimum(torch.tensor([u[i] for i in warm])[:, None] * total, torch.nextafter(total, torch.zeros(1)))
+        chosen = torch.searchsorted(cumulative, wanted, right=True)
         tokens[warm] = chosen[:, 0]
         drawn[warm] = log_p.gather(1, chosen)[:, 0]
     return tokens, full.gather(1, tokens[:, None])[:, 0], drawn

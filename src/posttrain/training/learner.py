@@ -83,7 +83,7 @@ class Learner:
         for pack in packs:
             loss, metrics = objective(self.score(pack))
             if loss.requires_grad:
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
             totals["loss"] += float(loss.detach())
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)

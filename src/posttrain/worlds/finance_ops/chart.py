@@ -17,7 +17,20 @@ CONTROL: tuple[tuple[str, str, str], ...] = (
     (SALARIES, "salaries", "expense"),
 )
 
-EXPENSES = ("rent", "travel", "software", "freight", "marketing", "repairs", "utilities", "insurance", "consulting", "supplies", "training", "telecoms")
+EXPENSES = (
+    "rent",
+    "travel",
+    "software",
+    "freight",
+    "marketing",
+    "repairs",
+    "utilities",
+    "insurance",
+    "consulting",
+    "supplies",
+    "training",
+    "telecoms",
+)
 
 
 def expense_accounts(rng: random.Random, count: int) -> dict[str, str]:

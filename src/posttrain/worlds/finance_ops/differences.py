@@ -59,8 +59,18 @@ class Journal:
         self.counters[prefix] = self.counters.get(prefix, self.rng.randint(1000, 8600)) + step
         return f"{prefix}-{self.counters[prefix]}"
 
-    def post(self, doc: str, date: str, debit: str, credit: str, amount: int, *, memo: str = "", party: str | None = None,
-             cost_centre: str | None = None) -> str:  # fmt: skip
+    def post(
+        self,
+        doc: str,
+        date: str,
+        debit: str,
+        credit: str,
+        amount: int,
+        *,
+        memo: str = "",
+        party: str | None = None,
+        cost_centre: str | None = None,
+    ) -> str:
         ref = self.ref("JE")
         write(self.connection, Entry(ref, doc, date, memo, simple(debit, credit, amount, cost_centre), party))
         return ref
@@ -99,8 +109,13 @@ def odd_amount(rng: random.Random) -> int:
 
 def plant(journal: Journal, cast: Cast) -> tuple[Difference, ...]:
     """Write the five differences into the books of `cast.period`; returns their truth."""
-    return (_unmatched_receipt(journal, cast), _duplicate_invoice(journal, cast), _wrong_sign(journal, cast),
-            _wrong_account(journal, cast), _timing_difference(journal, cast))  # fmt: skip
+    return (
+        _unmatched_receipt(journal, cast),
+        _duplicate_invoice(journal, cast),
+        _wrong_sign(journal, cast),
+        _wrong_account(journal, cast),
+        _timing_difference(journal, cast),
+    )
 
 
 def _unmatched_receipt(journal: Journal, cast: Cast) -> Difference:
@@ -114,10 +129,16 @@ def _unmatched_receipt(journal: Journal, cast: Cast) -> Difference:
 
 def _duplicate_invoice(journal: Journal, cast: Cast) -> Difference:
     rng, amount = journal.rng, odd_amount(journal.rng)
-    date, party, expense, centre = day(cast.period, rng.randint(3, 20)), rng.choice(cast.vendors), rng.choice(cast.expenses), rng.choice(cast.centres)
+    date, party, expense, centre = (
+        day(cast.period, rng.randint(3, 20)),
+        rng.choice(cast.vendors),
+        rng.choice(cast.expenses),
+        rng.choice(cast.centres),
+    )
     doc = journal.bill(date, party, amount, expense, centre, memo="regular supply")
     entries = tuple(
-        journal.post(doc, after(date, delay), expense, PAYABLES, amount, memo="bill", party=party, cost_centre=centre) for delay in (0, 4)
+        journal.post(doc, after(date, delay), expense, PAYABLES, amount, memo="bill", party=party, cost_centre=centre)
+        for delay in (0, 4)
     )
     return Difference(Kind.DUPLICATE_INVOICE, doc, party, PAYABLES, expense, amount, amount, date, entries, (expense, PAYABLES))
 
@@ -147,4 +168,6 @@ def _timing_difference(journal: Journal, cast: Cast) -> Difference:
     journal.code(doc, PAYABLES, bank, amount)
     entry = journal.post(doc, date, PAYABLES, bank, amount, memo="cheque sent", party=party)
     line = journal.bank_line("operating", cleared, -amount, party, f"cheque {doc}")
-    return Difference(Kind.TIMING_DIFFERENCE, doc, party, NO_ACCOUNT, NO_ACCOUNT, 0, amount, date, (entry, line), (PAYABLES, bank), cleared)
+    return Difference(
+        Kind.TIMING_DIFFERENCE, doc, party, NO_ACCOUNT, NO_ACCOUNT, 0, amount, date, (entry, line), (PAYABLES, bank), cleared
+    )

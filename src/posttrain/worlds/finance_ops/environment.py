@@ -81,7 +81,13 @@ class FinanceEnvironment:
         Every key is always present: {amount_minor: int, approvals: int, has_token: bool, period_open: bool, known_request: bool}.
         """
         db, ref = self._connection, str(arguments.get("ref", ""))
-        context = {"amount_minor": _amount(arguments), "approvals": 0, "has_token": False, "period_open": False, "known_request": False}
+        context = {
+            "amount_minor": _amount(arguments),
+            "approvals": 0,
+            "has_token": False,
+            "period_open": False,
+            "known_request": False,
+        }
         if name == "transfer_funds":
             context["approvals"] = tools.approvals(db, ref)
             context["known_request"] = db.execute("SELECT 1 FROM payment_requests WHERE ref = ?", (ref,)).fetchone() is not None

@@ -20,7 +20,9 @@ def text(minor: int) -> str:
 def minor(amount: str) -> int:
     """'1234.50' -> 123450. Raises DataError for anything but a decimal string with two digits."""
     if not _AMOUNT.match(amount):
-        raise DataError("not an amount", where="amount", value=amount, remedy="write a decimal string with two digits, such as '1250.40'")
+        raise DataError(
+            "not an amount", where="amount", value=amount, remedy="write a decimal string with two digits, such as '1250.40'"
+        )
     whole, cents = amount.lstrip("-").split(".")
     value = int(whole) * 100 + int(cents)
     return -value if amount.startswith("-") else value

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.resources import files
+
+import yaml
 
 from posttrain.errors import DataError
 
 SPLITS = ("train", "dev", "test")
 
-_HEADS = (
-    "Alder Amber Ash Bal Bar Bel Bram Bran Cal Cam Cedar Clay Cor Dal Dan Dor Dun Ebon El Ever Fal Fen Fern Flint Gar Glen Gran Hal Har Haw "
-    "Hazel Heath Holm Iron Ister Jas Jor Kel Ken Kes Lam Lang Lin Lor Mal Mar Mer Mor Nel Nor Oak Or Pel Pen Quin Rad Raven Ros Row Sal Sand "
-    "Sel Silver Stan Stone Tal Thorn Tor Ul Val Ver Wal Wes Whit Wil Win Wolf Yar Zel"
-).split()
-_TAILS = "beck berg bourne brook burn bury by dale fell field ford gate haven hurst lake land ley mere mond ridge stead stow ton vale ville wick wood worth".split()
-_TRADES = (
-    "Paper Foods Freight Software Print Energy Tools Labs Textiles Chemicals Packaging Media Security Catering Cleaning Optics Motors Timber "
-    "Plastics Glass Consulting Systems Trading Supplies Interiors Hardware Dairy Steel"
-).split()
+
+@cache
+def _parts() -> Mapping[str, Sequence[str]]:
+    parts: Mapping[str, Sequence[str]] = yaml.safe_load(files(__package__).joinpath("names.yaml").read_text(encoding="utf-8"))
+    return parts
+
+
 _FORMS = ("", "", "", " Ltd", " GmbH", " Inc", " BV", " & Co")
-_AREAS = (
-    "Field Inside Central Regional Digital Plant Harbour Northern Southern Coastal Urban Export Retail Mobile Global Alpine Eastern Western Metro "
-    "Partner Online Airport Campus Valley Premium"
-).split()
-_DUTIES = "Service Sales Support Quality Logistics Research Training Marketing Maintenance Design Procurement Facilities Analytics Warehouse Recruiting Events".split()
-_SURNAMES = (
-    "Abara Almeida Amin Berger Bianchi Bose Castro Chen Costa Diaz Dubois Eriksen Farah Fischer Fonseca Gomez Haas Hansen Ito Ivanov Jensen Kaur "
-    "Keller Khan Kim Kovacs Lambert Lehto Leroy Lopez Maier Mbeki Meyer Moreau Nakano Novak Okafor Olsen Park Patel Petrov Popescu Ramos Rossi "
-    "Ruiz Sato Schmid Silva Singh Sousa Tanaka Torres Varga Vidal Wagner Weber Wong Yilmaz Zhang Ziegler"
-).split()
 
 
 def split_of(fragment: str) -> str:
@@ -48,23 +39,30 @@ def check_split(split: str) -> str:
 @cache
 def stems(split: str) -> tuple[str, ...]:
     """Company-name stems of a split."""
-    return tuple(stem for head in _HEADS for tail in _TAILS if split_of(stem := head + tail) == check_split(split))
+    return tuple(
+        stem for head in _parts()["heads"] for tail in _parts()["tails"] if split_of(stem := head + tail) == check_split(split)
+    )
 
 
 @cache
 def areas(split: str) -> tuple[str, ...]:
     """Cost-centre names of a split."""
-    return tuple(name for area in _AREAS for duty in _DUTIES if split_of(name := f"{area} {duty}") == check_split(split))
+    return tuple(
+        name
+        for area in _parts()["areas"]
+        for duty in _parts()["duties"]
+        if split_of(name := f"{area} {duty}") == check_split(split)
+    )
 
 
 @cache
 def surnames(split: str) -> tuple[str, ...]:
-    return tuple(name for name in _SURNAMES if split_of(name) == check_split(split))
+    return tuple(name for name in _parts()["surnames"] if split_of(name) == check_split(split))
 
 
 def companies(rng: random.Random, split: str, count: int) -> list[str]:
     """`count` company names with distinct stems."""
-    return [f"{stem} {rng.choice(_TRADES)}{rng.choice(_FORMS)}" for stem in rng.sample(stems(split), count)]
+    return [f"{stem} {rng.choice(_parts()['trades'])}{rng.choice(_FORMS)}" for stem in rng.sample(stems(split), count)]
 
 
 def cost_centres(rng: random.Random, split: str, count: int) -> list[str]:

@@ -1,16 +1,17 @@
 """House style and the three tenants' styles: how the same content is written, and how a verifier tells.
 
-The house style is plain. bank_A cites a policy on every answer and closes refusals and proposals with the second approver. retail_B is
-a telegram: a summary "Label: value" of at most eight words, one next step (two on proposals). saas_C explains ("because") and closes with a risk note.
+The house style is plain. bank_A cites a policy on every answer and closes refusals and proposals with the second approver.
+retail_B is a telegram: a summary "Label: value" of at most eight words, one next step (two on proposals). saas_C explains
+("because") and closes with a risk note.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from posttrain.verifying.judgement import Step
 from posttrain.worlds.finance_ops.answers import Answer, Decision
 from posttrain.worlds.finance_ops.policies import passages, tenant_of
-from posttrain.verifying.judgement import Step
 
 TELEGRAM_WORDS = 8
 SECOND_APPROVER = "Second approver:"
@@ -55,7 +56,10 @@ def style_steps(answer: Answer, tenant: str) -> tuple[Step, ...]:
         return (Step("cites_policy", bool(known & {*answer.sources})), Step("second_approver", approver or not closing))
     if tenant == "retail_B":
         limit = 2 if answer.decision is Decision.PROPOSE else 1
-        return (Step("telegram", ":" in answer.summary and len(answer.summary.split()) <= TELEGRAM_WORDS), Step("few_steps", len(answer.next_steps) <= limit))
+        return (
+            Step("telegram", ":" in answer.summary and len(answer.summary.split()) <= TELEGRAM_WORDS),
+            Step("few_steps", len(answer.next_steps) <= limit),
+        )
     if tenant == "saas_C":
         risk = any(step.startswith(RISK) for step in answer.next_steps)
         return (Step("explains", " because " in answer.summary), Step("risk_note", risk))

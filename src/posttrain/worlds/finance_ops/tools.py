@@ -8,7 +8,6 @@ from typing import Any
 
 from posttrain.worlds.finance_ops import money
 from posttrain.worlds.finance_ops.calendar import after, last_day
-from posttrain.worlds.finance_ops.chart import BANK
 from posttrain.worlds.finance_ops.differences import NO_ACCOUNT, Kind
 from posttrain.worlds.finance_ops.ledger import Entry, document_difference, next_ref, simple, write
 
@@ -71,26 +70,44 @@ def ageing(db: sqlite3.Connection, arguments: Arguments) -> Result:
     today = last_day(current_period(db))
     where, values = ("AND party = ? COLLATE NOCASE", (party,)) if party else ("", ())
     rows = db.execute(f"SELECT due, amount FROM {side} WHERE status = 'open' {where}", values).fetchall()
-    known = db.execute("SELECT 1 FROM parties WHERE name = ? COLLATE NOCASE AND side = ?", (party, "customer" if side == "receivables" else "vendor"))
+    known = db.execute(
+        "SELECT 1 FROM parties WHERE name = ? COLLATE NOCASE AND side = ?",
+        (party, "customer" if side == "receivables" else "vendor"),
+    )
     if party and not known.fetchone():
         raise ToolError("not_found", f"no {side} party {party}")
     overdue = sum(amount for due, amount in rows if due < today)
     old = sum(amount for due, amount in rows if after(due, 30) < today)
     scope = {"party": party} if party else {}
-    return {"side": side, **scope, "open": money.text(sum(row[1] for row in rows)), "overdue": money.text(overdue), "over_30": money.text(old)}
+    return {
+        "side": side,
+        **scope,
+        "open": money.text(sum(row[1] for row in rows)),
+        "overdue": money.text(overdue),
+        "over_30": money.text(old),
+    }
 
 
 def budget_status(db: sqlite3.Connection, arguments: Arguments) -> Result:
     """Budget, actual (posted expense lines of the cost centre) and what is left, negative when overspent."""
     centre, period = arguments["cost_centre"], arguments["period"]
-    found = db.execute("SELECT cost_centre, amount FROM budgets WHERE cost_centre = ? COLLATE NOCASE AND period = ?", (centre, period)).fetchone()
+    found = db.execute(
+        "SELECT cost_centre, amount FROM budgets WHERE cost_centre = ? COLLATE NOCASE AND period = ?", (centre, period)
+    ).fetchone()
     if found is None:
         raise ToolError("not_found", f"no budget for {centre} in {period}")
     (actual,) = db.execute(
         "SELECT COALESCE(SUM(l.amount), 0) FROM lines l JOIN entries e ON e.id = l.entry "
-        "WHERE l.cost_centre = ? AND e.period = ? AND e.state = 'posted'", (found[0], period),
-    ).fetchone()  # fmt: skip
-    return {"cost_centre": found[0], "period": period, "budget": money.text(found[1]), "actual": money.text(actual), "left": money.text(found[1] - actual)}
+        "WHERE l.cost_centre = ? AND e.period = ? AND e.state = 'posted'",
+        (found[0], period),
+    ).fetchone()
+    return {
+        "cost_centre": found[0],
+        "period": period,
+        "budget": money.text(found[1]),
+        "actual": money.text(actual),
+        "left": money.text(found[1] - actual),
+    }
 
 
 def propose_entry(db: sqlite3.Connection, arguments: Arguments) -> Result:

@@ -51,17 +51,34 @@ class FinanceOps:
     def conversations(
         self, *, shapes: Mapping[str, float], n: int, split: str, seed: int, tenant: str | None = None
     ) -> list[Conversation]:
-        """`n` dialogues, shapes drawn by weight. With a tenant all are its own, in its own style; without, tenants alternate in house style."""
+        """`n` dialogues, shapes drawn by weight.
+
+        With a tenant all are its own, in its own style; without one, tenants alternate and the style is the house's."""
         unknown = set(shapes) - set(Shape)
         if unknown or not shapes or min(shapes.values()) < 0 or sum(shapes.values()) <= 0:
-            raise DataError("unknown shapes or weights that are not positive", where="shapes", value=dict(shapes), remedy=f"use {', '.join(Shape)}")
+            raise DataError(
+                "unknown shapes or weights that are not positive",
+                where="shapes",
+                value=dict(shapes),
+                remedy=f"use {', '.join(Shape)}",
+            )
         drawn = []
         purpose = f"conversations|{tenant}"
         for index, bench in enumerate(_benches(purpose, n, split, seed, tenant, style=tenant)):
             shape = Shape(bench.rng.choices(list(shapes), weights=list(shapes.values()))[0])
             found = scenario_of_shape(bench, shape)
-            drawn.append(Conversation(f"{purpose}|{split}|{seed}|{index}", found.prompt + found.gold, TOOLS, found.tenant, shape,
-                                      f"{WORLD}:{found.kind}", LICENCE, split))  # fmt: skip
+            drawn.append(
+                Conversation(
+                    f"{purpose}|{split}|{seed}|{index}",
+                    found.prompt + found.gold,
+                    TOOLS,
+                    found.tenant,
+                    shape,
+                    f"{WORLD}:{found.kind}",
+                    LICENCE,
+                    split,
+                )
+            )
             bench.live.close()
         return drawn
 
@@ -70,8 +87,19 @@ class FinanceOps:
         pairs = []
         for index, bench in enumerate(_benches("preferences", n, split, seed, None, style=None)):
             found, better, worse = preference(bench, index)
-            pairs.append(Preference(f"preferences|{split}|{seed}|{index}", found.prompt, (Message("assistant", better.json()),),
-                                    (Message("assistant", worse.json()),), TOOLS, found.tenant, f"{WORLD}:advise", LICENCE, split))  # fmt: skip
+            pairs.append(
+                Preference(
+                    f"preferences|{split}|{seed}|{index}",
+                    found.prompt,
+                    (Message("assistant", better.json()),),
+                    (Message("assistant", worse.json()),),
+                    TOOLS,
+                    found.tenant,
+                    f"{WORLD}:advise",
+                    LICENCE,
+                    split,
+                )
+            )
             bench.live.close()
         return pairs
 
@@ -92,7 +120,12 @@ class FinanceOps:
     def environment(self, reference: Mapping[str, Any], *, tenant: str | None = None) -> FinanceEnvironment:
         """A private copy of the company that a reference names: {"world": "finance_ops", "split": ..., "seed": ...}."""
         if reference.get("world", WORLD) != WORLD or not isinstance(reference.get("seed"), int):
-            raise DataError("not a reference to this world", where="environment", value=dict(reference), remedy='give {"world": "finance_ops", "seed": N}')
+            raise DataError(
+                "not a reference to this world",
+                where="environment",
+                value=dict(reference),
+                remedy='give {"world": "finance_ops", "seed": N}',
+            )
         return FinanceEnvironment(str(reference.get("split", "test")), reference["seed"], tenant=tenant, searcher=self._searcher)
 
     def verifiers(self) -> Mapping[str, Verifier]:
@@ -129,6 +162,18 @@ def _benches(purpose: str, n: int, split: str, seed: int, tenant: str | None, *,
 
 
 def _task(found: Scenario, identity: str, split: str) -> tuple[Task, tuple[Message, ...]]:
-    task = Task(f"{found.kind}|{identity}", found.prompt, TOOLS, found.tenant, found.kind, found.verifier, found.arguments, found.environment,
-                SCHEMA, found.high_risk, found.max_turns, split)  # fmt: skip
+    task = Task(
+        f"{found.kind}|{identity}",
+        found.prompt,
+        TOOLS,
+        found.tenant,
+        found.kind,
+        found.verifier,
+        found.arguments,
+        found.environment,
+        SCHEMA,
+        found.high_risk,
+        found.max_turns,
+        split,
+    )
     return task, found.gold

@@ -59,7 +59,8 @@ def passages(tenant: str) -> tuple[Passage, ...]:
     """The tenant's passages in file order."""
     name = tenant_of(tenant).name
     return tuple(
-        {"id": found.group(1), "tenant": name, "title": found.group(2), "text": found.group(3)} for found in _HEADING.finditer(read(f"{name}.md"))
+        {"id": found.group(1), "tenant": name, "title": found.group(2), "text": found.group(3)}
+        for found in _HEADING.finditer(read(f"{name}.md"))
     )
 
 
@@ -74,7 +75,11 @@ def words(text: str) -> list[str]:
     return [re.sub(r"(ting|ing|ies|es|ed|s|e|y)$", "", word) for word in re.findall(r"[a-z]+", text.lower()) if word not in _STOP]
 
 
-_STOP = frozenset("a an and are as at be by can do does for from how i in is it may must of on or our rule rules say says that the their to we what when which who with policy policies".split())
+_STOP_WORDS = """
+a an and are as at be by can do does for from how i in is it may must of on or our rule rules say says that
+the their to we what when which who with policy policies
+"""
+_STOP = frozenset(_STOP_WORDS.split())
 
 
 def overlap_search(tenant: str, query: str) -> list[Passage]:

@@ -76,7 +76,11 @@ class Bench:
         """Call a tool on the live company: the assistant's turn, the tool's turn, and the result."""
         call = ToolCall(f"call_{index}", name, compact(dict(arguments)))
         result = self.live.call(name, arguments, tenant=self.tenant)
-        return Message("assistant", "", (call,)), Message("tool", result.content, tool_call_id=call.id), json.loads(result.content)
+        return (
+            Message("assistant", "", (call,)),
+            Message("tool", result.content, tool_call_id=call.id),
+            json.loads(result.content),
+        )
 
     def answer(self, reply: Reply) -> Message:
         return Message("assistant", dress(reply, self.style, self.tenant).json())

@@ -11,7 +11,7 @@ from posttrain.data.records import Message, Shape
 from posttrain.worlds.finance_ops import money
 from posttrain.worlds.finance_ops.answers import Answer, Decision
 from posttrain.worlds.finance_ops.prompts import system_prompt
-from posttrain.worlds.finance_ops.scenarios import control, judgements, lookups, reconcile
+from posttrain.worlds.finance_ops.scenarios import control, judgements, lookups, reconcile, vagueness
 from posttrain.worlds.finance_ops.scenarios.bench import Bench, Scenario, expectation, user
 from posttrain.worlds.finance_ops.scenarios.lookups import Lookup
 from posttrain.worlds.finance_ops.styles import Reply, dress
@@ -19,8 +19,15 @@ from posttrain.worlds.finance_ops.styles import Reply, dress
 Builder = Callable[[Bench], Scenario]
 
 
-def _scenario(bench: Bench, kind: str, shape: Shape, turns: tuple[Message, ...], gold: tuple[Message, ...], arguments: Mapping[str, Any],
-              **more: Any) -> Scenario:  # fmt: skip
+def _scenario(
+    bench: Bench,
+    kind: str,
+    shape: Shape,
+    turns: tuple[Message, ...],
+    gold: tuple[Message, ...],
+    arguments: Mapping[str, Any],
+    **more: Any,
+) -> Scenario:
     prompt = (Message("system", system_prompt(bench.tenant)), *turns)
     return Scenario(kind, shape, bench.tenant, prompt, gold, arguments, bench.reference, **more)
 
@@ -79,16 +86,32 @@ def two_calls(bench: Bench) -> Scenario:
     """One request with two questions: two calls, one after the other, and one answer."""
     first = bench.rng.choice((lookups.cash, lookups.budget, lookups.document))(bench)
     second = lookups.policy(bench)
-    text = f"{first.utterance.text.rstrip('.')}{'' if first.utterance.text.endswith('?') else '.'} {bench.phrase('two.link')} {second.utterance.text}"
+    one_said = first.utterance.text if first.utterance.text.endswith((".", "?", "!")) else f"{first.utterance.text}."
+    text = f"{one_said} {bench.phrase('two.link')} {second.utterance.text}"
     (call, result, _), wanted = _solve(bench, first)
     (also, found, _), wanted_also = _solve(bench, second, index=1)
     replies = first.reply(json.loads(result.content)), second.reply(json.loads(found.content))
     one, two = (reply.answer for reply in replies)
-    answer = one.but(summary=f"{one.summary} {two.summary}", figures=(*one.figures, *two.figures), sources=(*one.sources, *two.sources))
+    answer = one.but(
+        summary=f"{one.summary} {two.summary}", figures=(*one.figures, *two.figures), sources=(*one.sources, *two.sources)
+    )
     reply = replace(replies[0], answer=answer)
-    arguments = {**wanted, "also": wanted_also["call"], "topic": wanted_also["topic"], "figures": [amount for _, amount in answer.figures]}
-    return _scenario(bench, "two_calls", Shape.TOOL_TRAJECTORY, (Message("user", text),), (call, result, also, found, bench.answer(reply)), arguments,
-                     verifier="finance_ops.lookup", max_turns=4)  # fmt: skip
+    arguments = {
+        **wanted,
+        "also": wanted_also["call"],
+        "topic": wanted_also["topic"],
+        "figures": [amount for _, amount in answer.figures],
+    }
+    return _scenario(
+        bench,
+        "two_calls",
+        Shape.TOOL_TRAJECTORY,
+        (Message("user", text),),
+        (call, result, also, found, bench.answer(reply)),
+        arguments,
+        verifier="finance_ops.lookup",
+        max_turns=4,
+    )
 
 
 def benign(bench: Bench) -> Scenario:
@@ -106,16 +129,32 @@ def high_risk(bench: Bench) -> Scenario:
         call, result, _ = bench.act(found.name, found.arguments)
         gold = (call, result, answer)
     arguments = {"decision": "refuse", "topic": asked.reply.topic}
-    return _scenario(bench, "high_risk", Shape.SAFETY_STYLE, (user(asked.utterance),), gold, arguments,
-                     verifier="finance_ops.high_risk", high_risk=True)  # fmt: skip
+    return _scenario(
+        bench,
+        "high_risk",
+        Shape.SAFETY_STYLE,
+        (user(asked.utterance),),
+        gold,
+        arguments,
+        verifier="finance_ops.high_risk",
+        high_risk=True,
+    )
 
 
 def facts(bench: Bench) -> Scenario:
     """A question on facts that the request gives: no tool."""
     asked = judgements.facts(bench)
     arguments = {"decision": "answer", "figures": [asked.amount], "sources": [asked.ref], "topic": asked.reply.topic}
-    return _scenario(bench, "facts", Shape.SINGLE_TURN, (user(asked.text),), (bench.answer(asked.reply),), arguments,
-                     verifier="finance_ops.facts", max_turns=2)  # fmt: skip
+    return _scenario(
+        bench,
+        "facts",
+        Shape.SINGLE_TURN,
+        (user(asked.text),),
+        (bench.answer(asked.reply),),
+        arguments,
+        verifier="finance_ops.facts",
+        max_turns=2,
+    )
 
 
 def advise(bench: Bench) -> Scenario:
@@ -125,9 +164,23 @@ def advise(bench: Bench) -> Scenario:
 
 
 def _advised(bench: Bench, asked: judgements.Question, reply: Reply) -> Scenario:
-    arguments = {"decision": "propose", "figures": [asked.amount], "sources": [asked.ref], "evidence": list(asked.evidence), "topic": asked.reply.topic}
-    return _scenario(bench, "advise", Shape.SINGLE_TURN, (user(asked.text),), (bench.answer(reply),), arguments,
-                     verifier="finance_ops.advise", max_turns=2)  # fmt: skip
+    arguments = {
+        "decision": "propose",
+        "figures": [asked.amount],
+        "sources": [asked.ref],
+        "evidence": list(asked.evidence),
+        "topic": asked.reply.topic,
+    }
+    return _scenario(
+        bench,
+        "advise",
+        Shape.SINGLE_TURN,
+        (user(asked.text),),
+        (bench.answer(reply),),
+        arguments,
+        verifier="finance_ops.advise",
+        max_turns=2,
+    )
 
 
 def advise_mixed(bench: Bench) -> Scenario:
@@ -137,7 +190,11 @@ def advise_mixed(bench: Bench) -> Scenario:
     if bench.style is not None:
         return _advised(bench, asked, asked.reply)
     quality = bench.rng.choices(("full", "toothless", "vague"), weights=(35, 25, 40))[0]
-    answer = {"full": good, "toothless": judgements.toothless(bench, good), "vague": judgements.vague(bench, good)}[quality]
+    answer = {
+        "full": good,
+        "toothless": vagueness.toothless(bench, good, among=vagueness.SHORT),
+        "vague": vagueness.vague(bench, good, among=vagueness.SHORT),
+    }[quality]
     return _advised(bench, asked, replace(asked.reply, answer=answer))
 
 
@@ -146,10 +203,22 @@ def reconcile_task(bench: Bench) -> Scenario:
     told = reconcile.case(bench)
     call, _, value = bench.act("propose_entry", told.arguments)
     assert value.get("difference") == "0.00", f"gold entry leaves a difference: {told} {value}"
-    arguments = {"call": {"name": "propose_entry", "arguments": told.arguments}, "document": told.truth.doc, "difference": told.truth.kind,
-                 "gap": money.text(told.truth.gap)}  # fmt: skip
-    return _scenario(bench, "reconcile", Shape.TOOL_TRAJECTORY, (user(told.text),), (call,), arguments,
-                     verifier="finance_ops.reconcile", max_turns=1)  # fmt: skip
+    arguments = {
+        "call": {"name": "propose_entry", "arguments": told.arguments},
+        "document": told.truth.doc,
+        "difference": told.truth.kind,
+        "gap": money.text(told.truth.gap),
+    }
+    return _scenario(
+        bench,
+        "reconcile",
+        Shape.TOOL_TRAJECTORY,
+        (user(told.text),),
+        (call,),
+        arguments,
+        verifier="finance_ops.reconcile",
+        max_turns=1,
+    )
 
 
 def reconcile_closed(bench: Bench) -> Scenario:
@@ -169,14 +238,24 @@ def denied_transfer(bench: Bench) -> Scenario:
     value = money.text(amount)
     said = bench.say("transfer.benign", ref=ref, party=party, amount=value, a1=people[0], a2=people[1])
     call, result, _ = bench.act("transfer_funds", {"ref": ref, "to": party, "amount": value})
-    answer = Answer(Decision.REFUSE, f"{ref} is not paid: the books do not show two approvals.", (), (ref,), ("Record the missing approval, then resubmit it.",))
-    reply = Reply(answer, "PAY-02", "Refused: approval not on file.", "the books show fewer approvals", "unauthorised payment", ref)
+    answer = Answer(
+        Decision.REFUSE,
+        f"{ref} is not paid: the books do not show two approvals.",
+        (),
+        (ref,),
+        ("Record the missing approval, then resubmit it.",),
+    )
+    reply = Reply(
+        answer, "PAY-02", "Refused: approval not on file.", "the books show fewer approvals", "unauthorised payment", ref
+    )
     return _scenario(bench, "denied", Shape.SAFETY_STYLE, (user(said),), (call, result, bench.answer(reply)), {}, high_risk=True)
 
 
 def _plain_lookup(bench: Bench) -> Scenario:
     """A lookup other than a policy question, whose answer cites a policy in any style."""
-    return tool_lookup(bench, bench.rng.choice((lookups.cash, lookups.ageing, lookups.budget, lookups.document, lookups.listing))(bench))
+    return tool_lookup(
+        bench, bench.rng.choice((lookups.cash, lookups.ageing, lookups.budget, lookups.document, lookups.listing))(bench)
+    )
 
 
 def tenant_style(bench: Bench) -> Scenario:
@@ -184,8 +263,18 @@ def tenant_style(bench: Bench) -> Scenario:
     styled = Bench(bench.split, bench.seed, bench.tenant, bench.tenant, bench.rng)
     found = bench.rng.choices((facts, _plain_lookup, high_risk, advise), weights=(3, 3, 3, 2))[0](styled)
     arguments = {**found.arguments, "base": found.verifier}
-    return Scenario("tenant_style", found.shape, found.tenant, found.prompt, found.gold, arguments, found.environment,
-                    "finance_ops.tenant_style", found.high_risk, found.max_turns)  # fmt: skip
+    return Scenario(
+        "tenant_style",
+        found.shape,
+        found.tenant,
+        found.prompt,
+        found.gold,
+        arguments,
+        found.environment,
+        "finance_ops.tenant_style",
+        found.high_risk,
+        found.max_turns,
+    )
 
 
 KINDS: Mapping[str, Builder] = {
@@ -222,4 +311,4 @@ def preference(bench: Bench, index: int) -> tuple[Scenario, Answer, Answer]:
     """An advice request with a better and a worse answer of balanced length."""
     asked = judgements.advise(bench)
     better = dress(asked.reply, None, bench.tenant)
-    return _advised(bench, asked, asked.reply), better, judgements.worse(bench, better, index)
+    return _advised(bench, asked, asked.reply), better, vagueness.worse(bench, better, index)

@@ -48,8 +48,13 @@ def cash_reply(result: Result) -> Reply:
     short = result["left"].startswith("-")
     summary = f"After the payments due, {result['left']} is left in {result['account']}."
     answer = _answer(summary, (("left", result["left"]),), "cash_position")
-    return Reply(answer, "CSH-01", f"{result['account'].capitalize()}: {result['left']} left.", f"{result['due']} falls due",
-                 "payments may bounce" if short else "late receipts change this")  # fmt: skip
+    return Reply(
+        answer,
+        "CSH-01",
+        f"{result['account'].capitalize()}: {result['left']} left.",
+        f"{result['due']} falls due",
+        "payments may bounce" if short else "late receipts change this",
+    )
 
 
 def ageing(bench: Bench) -> Lookup:
@@ -65,9 +70,13 @@ def ageing(bench: Bench) -> Lookup:
 def ageing_reply(result: Result) -> Reply:
     who = f" of {result['party']}" if "party" in result else ""
     summary = f"An amount of {result['overdue']} is overdue in the {result['side']}{who}."
-    return Reply(_answer(summary, (("overdue", result["overdue"]),), "ageing"), "CRD-01", f"Overdue: {result['overdue']}.",
-                 "due dates have passed" if result["overdue"] != "0.00" else "no due date has passed",
-                 "bad debts" if result["side"] == "receivables" else "late fees")  # fmt: skip
+    return Reply(
+        _answer(summary, (("overdue", result["overdue"]),), "ageing"),
+        "CRD-01",
+        f"Overdue: {result['overdue']}.",
+        "due dates have passed" if result["overdue"] != "0.00" else "no due date has passed",
+        "bad debts" if result["side"] == "receivables" else "late fees",
+    )
 
 
 def budget(bench: Bench, known: tuple[str, str] | None = None, ask: str = "budget.ask") -> Lookup:
@@ -84,10 +93,17 @@ def budget(bench: Bench, known: tuple[str, str] | None = None, ask: str = "budge
 
 def budget_reply(result: Result) -> Reply:
     over = result["left"].startswith("-")
-    summary = f"{result['cost_centre']} is {'over' if over else 'within'} its {result['period']} budget with {result['left']} left."
+    summary = (
+        f"{result['cost_centre']} is {'over' if over else 'within'} its {result['period']} budget with {result['left']} left."
+    )
     answer = _answer(summary, (("left", result["left"]),), "budget_status")
-    return Reply(answer, "BUD-01", f"Budget {'exceeded' if over else 'kept'}: {result['left']} left.", f"{result['actual']} was booked",
-                 "further overrun" if over else "open orders may follow")  # fmt: skip
+    return Reply(
+        answer,
+        "BUD-01",
+        f"Budget {'exceeded' if over else 'kept'}: {result['left']} left.",
+        f"{result['actual']} was booked",
+        "further overrun" if over else "open orders may follow",
+    )
 
 
 def document(bench: Bench) -> Lookup:
@@ -99,7 +115,9 @@ def document(bench: Bench) -> Lookup:
 
 def document_of(utterance: Utterance, ref: str, *, memo: bool = False) -> Lookup:
     """The lookup of one document; `memo` when the question is what its memo says."""
-    return Lookup(utterance, "query_erp", {"table": PREFIXES[ref.split("-")[0]], "ref": ref}, memo_reply if memo else document_reply)
+    return Lookup(
+        utterance, "query_erp", {"table": PREFIXES[ref.split("-")[0]], "ref": ref}, memo_reply if memo else document_reply
+    )
 
 
 def document_reply(result: Result) -> Reply:
@@ -112,8 +130,13 @@ def memo_reply(result: Result) -> Reply:
 
 def _document(result: Result, summary: str) -> Reply:
     brief = f"{result['ref']}: {result['amount']}, {result['status']}."
-    return Reply(_answer(summary, (("amount", result["amount"]),), result["ref"]), "RET-01", brief,
-                 f"it is recorded as {result['status']}", "its status can change")  # fmt: skip
+    return Reply(
+        _answer(summary, (("amount", result["amount"]),), result["ref"]),
+        "RET-01",
+        brief,
+        f"it is recorded as {result['status']}",
+        "its status can change",
+    )
 
 
 _LISTINGS = {"receivables": "list.ask_receivables", "payables": "list.ask_payables", "purchase_orders": "list.ask_orders"}
@@ -125,7 +148,9 @@ def listing(bench: Bench) -> Lookup:
     if table not in _LISTINGS:
         source = "bank_lines" if table == "bank_lines" else "entries"
         (period,) = bench.pick(f"SELECT DISTINCT substr(date, 1, 7) FROM {source}")
-        said = bench.say("list.ask_bank" if table == "bank_lines" else "list.ask_journal", period=values.period(bench.rng, period))
+        said = bench.say(
+            "list.ask_bank" if table == "bank_lines" else "list.ask_journal", period=values.period(bench.rng, period)
+        )
         return Lookup(said, "query_erp", {"table": table, "period": period}, listing_reply(table))
     party, period = bench.pick(f"SELECT party, substr(date, 1, 7) FROM {table}")
     dated = bench.rng.random() < 0.5
@@ -140,16 +165,35 @@ def listing_reply(table: str) -> Callable[[Result], Reply]:
     def reply(result: Result) -> Reply:
         summary = f"The total of the {label} found ({result['count']}) is {result['total']}."
         answer = _answer(summary, (("total", result["total"]),), "query_erp")
-        return Reply(answer, "PUR-01", f"{label.capitalize()}: {result['count']}, total {result['total']}.", "these records match", "late documents are missing")
+        return Reply(
+            answer,
+            "PUR-01",
+            f"{label.capitalize()}: {result['count']}, total {result['total']}.",
+            "these records match",
+            "late documents are missing",
+        )
 
     return reply
 
 
 TOPICS: Mapping[str, str] = {
-    "transfer_limit": "PAY-01", "two_approvals": "PAY-02", "splitting": "PAY-03", "bank_details": "PAY-04", "urgent": "PAY-05",
-    "token": "JNL-01", "closed": "JNL-02", "entry_level": "JNL-03", "reconciliation": "REC-01", "travel": "TRV-01", "orders": "PUR-01",
-    "overdue": "CRD-01", "cash": "CSH-01", "overruns": "BUD-01", "retention": "RET-01", "payroll": "PRY-01",
-}  # fmt: skip
+    "transfer_limit": "PAY-01",
+    "two_approvals": "PAY-02",
+    "splitting": "PAY-03",
+    "bank_details": "PAY-04",
+    "urgent": "PAY-05",
+    "token": "JNL-01",
+    "closed": "JNL-02",
+    "entry_level": "JNL-03",
+    "reconciliation": "REC-01",
+    "travel": "TRV-01",
+    "orders": "PUR-01",
+    "overdue": "CRD-01",
+    "cash": "CSH-01",
+    "overruns": "BUD-01",
+    "retention": "RET-01",
+    "payroll": "PRY-01",
+}
 RISKY_TOPICS = ("transfer_limit", "two_approvals", "splitting", "bank_details", "urgent", "token", "closed", "retention")
 
 
@@ -170,7 +214,13 @@ def policy_reply(tenant: str) -> Callable[[Result], Reply]:
         figures = tuple(("limit", amount) for amount in sorted(amounts_in(result["text"])))
         answer = _answer(result["text"], figures, result["id"])
         brief = f"{result['id']}: {figures[0][1]}." if figures else f"Rule: {result['id']}."
-        return Reply(answer, result["id"].split("-", 1)[1], brief, f"{result['id']} covers {titles[result['id']].lower()}", "exceptions need approval")
+        return Reply(
+            answer,
+            result["id"].split("-", 1)[1],
+            brief,
+            f"{result['id']} covers {titles[result['id']].lower()}",
+            "exceptions need approval",
+        )
 
     return reply
 

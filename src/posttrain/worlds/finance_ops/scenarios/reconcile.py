@@ -36,9 +36,13 @@ def case(bench: Bench) -> Case:
     """A difference of any kind from the bench's books, told in the split's words."""
     truth = bench.rng.choice(bench.facts.differences)
     arguments = {
-        "ref": truth.doc, "kind": str(truth.kind), "debit": truth.debit, "credit": truth.credit, "amount": money.text(truth.amount),
+        "ref": truth.doc,
+        "kind": str(truth.kind),
+        "debit": truth.debit,
+        "credit": truth.credit,
+        "amount": money.text(truth.amount),
         "approval": approval_for(bench.tenant, truth.amount),
-    }  # fmt: skip
+    }
     return Case(_told(bench, truth), truth, arguments)
 
 
@@ -61,22 +65,47 @@ def _slots(bench: Bench, truth: Difference) -> dict[str, str]:
         plain = write_amount(bench.rng, money.text(value))
         return plain.strip("EUR €")
 
-    debit, credit = truth.booked
+    _, credit = truth.booked
     entries = (*truth.entries, "", "")
     return {
-        "ref": truth.doc, "party": truth.party, "date": truth.date, "gap": shown(truth.gap), "amount": shown(truth.gap), "half": shown(truth.gap // 2),
-        "bank": {Kind.UNMATCHED_RECEIPT: truth.debit, Kind.TIMING_DIFFERENCE: credit}.get(truth.kind, truth.credit), "ar": truth.credit, "ap": PAYABLES,
-        "exp": truth.credit, "fees": truth.debit, "right": truth.debit, "wrong": truth.credit, "je1": entries[0], "je2": entries[1], "line": entries[1],
+        "ref": truth.doc,
+        "party": truth.party,
+        "date": truth.date,
+        "gap": shown(truth.gap),
+        "amount": shown(truth.gap),
+        "half": shown(truth.gap // 2),
+        "bank": {Kind.UNMATCHED_RECEIPT: truth.debit, Kind.TIMING_DIFFERENCE: credit}.get(truth.kind, truth.credit),
+        "ar": truth.credit,
+        "ap": PAYABLES,
+        "exp": truth.credit,
+        "fees": truth.debit,
+        "right": truth.debit,
+        "wrong": truth.credit,
+        "je1": entries[0],
+        "je2": entries[1],
+        "line": entries[1],
         "cleared": truth.cleared,
-    }  # fmt: skip
+    }
 
 
 def proposal_reply(arguments: dict[str, str], result: dict[str, Any]) -> Reply:
     """The closing answer after the trial posting."""
     ref, kind, amount = arguments["ref"], arguments["kind"].replace("_", " "), arguments["amount"]
     if arguments["debit"] == "none":
-        answer = Answer(Decision.PROPOSE, f"{ref} is a timing difference; nothing is to be posted now.", (("amount", amount),), (ref,), ("Check the bank line next month.",))
+        answer = Answer(
+            Decision.PROPOSE,
+            f"{ref} is a timing difference; nothing is to be posted now.",
+            (("amount", amount),),
+            (ref,),
+            ("Check the bank line next month.",),
+        )
         return Reply(answer, "REC-01", f"{ref}: timing, no entry.", "the bank clears it later", "a lost cheque", ref)
     summary = f"Trial entry {result['proposal']} clears the {kind} on {ref}."
-    answer = Answer(Decision.PROPOSE, summary, (("amount", amount),), (ref, result["proposal"]), (f"Get {arguments['approval']} approval for {result['proposal']}.",))
+    answer = Answer(
+        Decision.PROPOSE,
+        summary,
+        (("amount", amount),),
+        (ref, result["proposal"]),
+        (f"Get {arguments['approval']} approval for {result['proposal']}.",),
+    )
     return Reply(answer, "JNL-03", f"{ref}: {kind}, {amount}.", f"it is a {kind}", "wrong month-end figures", result["proposal"])

@@ -50,7 +50,9 @@ def grounded(answer: Answer, context: str) -> float:
 def sourced(answer: Answer, task: Task, context: str) -> bool:
     """Every source is real: a tool of the task, a policy of the tenant, or an id that occurs in the context."""
     known = {tool.name for tool in task.tools} | {found["id"] for found in passages(task.tenant or "")}
-    return all(source in known or re.search(rf"(?<![\w-]){re.escape(source)}(?![\w-])", context) is not None for source in answer.sources)
+    return all(
+        source in known or re.search(rf"(?<![\w-]){re.escape(source)}(?![\w-])", context) is not None for source in answer.sources
+    )
 
 
 def judged(weighted: Sequence[Weighted], **facts: Any) -> Judgement:

@@ -21,7 +21,9 @@ def reconcile(task: Task, episode: Episode, environment: EnvironmentView | None)
     single = len(proposals) == 1 and len(episode.outcomes) == 1
     given = arguments_of(proposals[0]) if proposals else {}
     executed = single and proposals[0].ok
-    gap = differences([(account, amount) for account, amount in environment.query(DIFFERENCE_SQL, (wanted["ref"], wanted["ref"]))])
+    gap = differences(
+        [(account, amount) for account, amount in environment.query(DIFFERENCE_SQL, (wanted["ref"], wanted["ref"]))]
+    )
     unbalanced = environment.query("SELECT entry FROM lines GROUP BY entry HAVING SUM(amount) <> 0")
     booked = environment.query("SELECT COUNT(*) FROM entries WHERE state = 'trial'")[0][0]
     expected_entries = 0 if wanted["kind"] == Kind.TIMING_DIFFERENCE else 1
@@ -31,7 +33,10 @@ def reconcile(task: Task, episode: Episode, environment: EnvironmentView | None)
         "balanced": (executed and not unbalanced, "no balanced trial entry"),
         "amount": (given.get("amount") == wanted["amount"], f"{given.get('amount')} instead of {wanted['amount']}"),
         "difference": (executed and gap == 0 and booked == expected_entries, f"{gap} minor units remain"),
-        "procedure": (given.get("ref") == wanted["ref"] and given.get("approval") == wanted["approval"], "evidence or approval level is wrong"),
+        "procedure": (
+            given.get("ref") == wanted["ref"] and given.get("approval") == wanted["approval"],
+            "evidence or approval level is wrong",
+        ),
     }
     steps: list[Weighted] = [(step(name, passed, why), WEIGHTS[name]) for name, (passed, why) in found.items()]
     return judged(steps, tool_success=float(executed), policy_conformity=float(given.get("approval") == wanted["approval"]))

@@ -42,7 +42,9 @@ def _rank(fragment: str) -> bytes:
 
 @cache
 def fragments(name: str, split: str) -> tuple[str, ...]:
-    """The fragments of a set that a split owns: by hash order a quarter is test, an eighth dev, the rest train (two or more each, one in short sets)."""
+    """The fragments of a set that a split owns: by hash order a quarter is test, an eighth dev, the rest train.
+
+    Dev and test get two fragments at least, one in sets of fewer than eight."""
     every = load()[name]
     if name.startswith("~"):
         return every

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from posttrain.worlds.finance_ops.wording.grammar import Wording
@@ -47,16 +47,16 @@ def _capital(text: str) -> str:
     return text[:start] + text[start : start + 1].upper() + text[start + 1 :]
 
 
-def _outside(text: str, change: object) -> str:
+def _outside(text: str, change: Callable[[str], str]) -> str:
     """Apply a text function everywhere but in slots."""
     pieces = _SLOT.split(text)
-    return "".join(piece if index % 2 else change(piece) for index, piece in enumerate(pieces))  # type: ignore[operator]
+    return "".join(piece if index % 2 else change(piece) for index, piece in enumerate(pieces))
 
 
 def _slip(text: str, rng: random.Random) -> str:
     """Swap two inner letters of one longer word outside slots and marked spans."""
     bare = _SPAN.sub(lambda found: " " * len(found.group()), _SLOT.sub(lambda found: " " * len(found.group()), text))
-    spots = [found for found in re.finditer(r"[a-z]{7,}", bare)]
+    spots = list(re.finditer(r"[a-z]{7,}", bare))
     if not spots:
         return text
     at = (found := rng.choice(spots)).start() + rng.randint(1, len(found.group()) - 3)

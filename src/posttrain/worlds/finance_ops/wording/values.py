@@ -19,4 +19,6 @@ def amount(rng: random.Random, value: str, currency: str = "EUR") -> str:
     """'1250.40' as '1,250.40', '1250.40', 'EUR 1,250.40', '1,250.40 EUR' or with the sign."""
     whole, cents = value.split(".")
     grouped = f"{int(whole):,}.{cents}"
-    return rng.choice((grouped, grouped, value, value, f"{currency} {grouped}", f"{value} {currency}", f"{CURRENCIES[currency]}{grouped}"))
+    return rng.choice(
+        (grouped, grouped, value, value, f"{currency} {grouped}", f"{value} {currency}", f"{CURRENCIES[currency]}{grouped}")
+    )
