@@ -138,7 +138,8 @@ def options_type(kind: StageKind) -> type:
 
 
 def gate_policy(stage: StageRecipe, where: str = "gate") -> GatePolicy:
-    return build(GatePolicy, stage.gate, where)
+    policy: GatePolicy = build(GatePolicy, stage.gate, where)
+    return policy
 
 
 def build(cls: Any, value: Mapping[str, Any], where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from posttrain.agents import ToolResult
@@ -62,6 +63,9 @@ class ScriptSampler:
 
     def __init__(self, script: Callable[[str, SampleRequest], str | Sample]) -> None:
         self.script, self.calls = script, []  # type: ignore[var-annotated]
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def sample(self, requests: Sequence[SampleRequest], progress: Any = None) -> list[Sample]:
         self.calls.append(list(requests))

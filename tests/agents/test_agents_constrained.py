@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,9 @@ class RandomSampler:
             text = contract.decode([token])
             self.weights[token] = 40.0 if '"' in text or text in ("}", "}}", "<") else 1.0
         self.weights[contract.end_of_turn] = 400.0
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def sample(self, requests: Sequence[SampleRequest], progress: Any = None) -> list[Sample]:
         return [self._one(request) for request in requests]

@@ -21,9 +21,9 @@ def card(outcomes: Mapping[str, list[float]], *, name: str = "c", suite: str = "
     metrics = {metric: measured(values) for metric, values in outcomes.items()}
     metrics |= {metric: Metric(value, value - 0.01, value + 0.01, 5) for metric, value in alone.items()}
     slices = {
-        f"kind={kind}": {metric: measured([v for i, v in enumerate(values) if i % 2 == parity]) for metric, values in outcomes.items() if len(values) > 1}
+        f"kind={kind}": {metric: measured(values[parity::2]) for metric, values in outcomes.items() if len(values) > 1}
         for kind, parity in (("even", 0), ("odd", 1))
-    }  # fmt: skip
+    }
     return Scorecard(suite, "test", 1, 200, name, metrics, slices, by_task, tasks)
 
 

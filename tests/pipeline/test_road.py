@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline.conftest import tiny_recipe
 
+from pipeline.conftest import tiny_recipe
 from posttrain.errors import BindingError, ContractError, RecipeError
 from posttrain.pipeline.registry import open_registry, promote_release, registry_lines, registry_view
 from posttrain.pipeline.run import run_recipe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -43,6 +44,9 @@ class ScriptedSampler:
     def __init__(self, says: Callable[[str], str], stop: StopReason = StopReason.END_OF_TURN) -> None:
         self.says, self.stop, self.calls = says, stop, list[list[SampleRequest]]()
 
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
         self.calls.append(list(requests))
         if progress is not None:
@@ -81,7 +85,8 @@ def test_calls_of_offered_tools_finish_with_tool_calls() -> None:
 @pytest.mark.parametrize(
     ("says", "tools", "why"),
     [
-        ('<tool_call>{"name":"cash"', (TOOL,), "not closed"),
+        ('<tool_call>{"name":"cash","arguments":{}}', (TOOL,), "not closed"),
+        ('<tool_call>{"name":"cash"', (TOOL,), "not JSON"),
         ("<tool_call>nonsense</tool_call>", (TOOL,), "not JSON"),
         (CALL, (), "does not offer"),
         (CALL.replace("cash", "transfer_funds"), (TOOL,), "does not offer"),

@@ -144,7 +144,7 @@ class _Table:
     ) -> list[T]:
         plays = [play for task in tasks for play in self._open(task)]
         results: dict[int, T] = {}
-        with ExitStack() as closing:  # an environment that fails to close must not keep the others open
+        with self.sampler.session(), ExitStack() as closing:  # an environment that fails to close must not keep the others open
             for play in plays:
                 closing.callback(play.close)
             active = list(enumerate(plays))

@@ -39,9 +39,9 @@ def evaluate(
     tasks = {task.id: {"tenant": task.tenant or "", "kind": task.kind} for task, _, _ in played}
     slices: dict[str, dict[str, Metric]] = {}
     for key in ("tenant", "kind"):
-        for value in sorted({labels[key] for labels in tasks.values() if labels[key]}):
-            chosen = {task for task, labels in tasks.items() if labels[key] == value}
-            slices[f"{key}={value}"] = _metrics({n: {t: v for t, v in o.items() if t in chosen} for n, o in outcomes.items()})
+        for label in sorted({labels[key] for labels in tasks.values() if labels[key]}):
+            chosen = {task for task, labels in tasks.items() if labels[key] == label}
+            slices[f"{key}={label}"] = _metrics({n: {t: v for t, v in o.items() if t in chosen} for n, o in outcomes.items()})
     metrics = {**_metrics(outcomes), **(extra or {})}
     return Scorecard(
         suite.name, suite.split, suite.seed, len(played), candidate, metrics, slices, outcomes, tasks, _samples(played)

@@ -70,8 +70,9 @@ class Publisher:
         )
         return Lineage(
             Kind.DENSE if dense else Kind.ADAPTER, stage.name, self.recipe.base, self.base.fingerprint, came_from,
-            weights=pulled.runtime.policy.fingerprint if dense else None, tenant=None if name == MAIN else name, data=dict(measured.data),
-            seeds={"run": self.recipe.seed, "stage": measured.seed}, versions=self.folder.versions, recipe=self.recipe.hash, teacher=teacher,
+            weights=pulled.runtime.policy.fingerprint if dense else None, tenant=None if name == MAIN else name,
+            data=dict(measured.data), seeds={"run": self.recipe.seed, "stage": measured.seed}, versions=self.folder.versions,
+            recipe=self.recipe.hash, teacher=teacher,
         )  # fmt: skip
 
     def _grammar(self, name: str) -> dict[str, object]:

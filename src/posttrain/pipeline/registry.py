@@ -76,7 +76,7 @@ def promote_release(runs: Path, channel: str, release: str, *, by: str, why: str
     if before is not None and before != release:
         stale = registry.stale_adapters(before, release)
         lines += [
-            f"must be made again on the new parent: {item.id} ({item.lineage.stage}{f', {item.lineage.tenant}' if item.lineage.tenant else ''})"
+            f"must be made again on the new parent: {item.id} ({', '.join(filter(None, (item.lineage.stage, item.lineage.tenant)))})"
             for item in stale
         ]
     return lines

@@ -42,6 +42,19 @@ class Cache:
             self.values[layer][row, :, :count] = v[0].index_select(1, pack_rows)
         self.lengths[row] = count
 
+    def copy(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What a row holds: keys and values per layer, [Hkv, length, D]."""
+        count = int(self.lengths[row])
+        return [k[row, :, :count].clone() for k in self.keys], [v[row, :, :count].clone() for v in self.values]
+
+    def restore(self, row: int, keys: list[Tensor], values: list[Tensor]) -> None:
+        """Give a row what `copy` took."""
+        count = keys[0].shape[1]
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            self.keys[layer][row, :, :count] = k
+            self.values[layer][row, :, :count] = v
+        self.lengths[row] = count
+
     def move(self, source: int, target: int) -> None:
         """Overwrite row `target` with row `source`, so that the rows in use stay the first ones."""
         count = int(self.lengths[source])

@@ -2,13 +2,14 @@
 
 What every prompt of a call starts with (tools and system text) is prefilled once and its attention is computed once for the
 whole batch. Finished rows leave, waiting requests take their place. Under a grammar, runs of tokens that leave no choice are
-appended without running the model for each.
+appended without running the model for each. Inside a session an episode's next turn runs only what is new in it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,7 @@ from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.sampling.cache import Cache, StepAttention, Trunk, trunk_of
 from posttrain.sampling.draw import draw, uniforms, unpack_mask
+from posttrain.sampling.prefixes import Prefixes, Strip
 from posttrain.sampling.protocol import Sample, SampleRequest
 
 _MIN_TRUNK = 16
@@ -73,6 +75,16 @@ class LocalSampler:
     ) -> None:
         self.policy, self.end_of_turn, self.grammar = policy, end_of_turn, grammar
         self.options = options or EngineOptions()
+        self._session: dict[str | None, Prefixes] | None = None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """See `Sampler.session`."""
+        before, self._session = self._session, {}
+        try:
+            yield
+        finally:
+            self._session = before
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
@@ -87,7 +99,8 @@ class LocalSampler:
             by_adapter.setdefault(request.adapter, []).append(index)
         for adapter, indices in by_adapter.items():
             self.policy.use(adapter)
-            results.update(_Run(self, requests, indices, progress).decode())
+            prefixes = None if self._session is None else self._session.setdefault(adapter, Prefixes())
+            results.update(_Run(self, requests, indices, progress, prefixes).decode())
         return [results[index] for index in range(len(requests))]
 
     def matcher_for(self, request: SampleRequest) -> Matcher | None:
@@ -104,12 +117,23 @@ class _Run:
     """One call's requests for one adapter."""
 
     def __init__(
-        self, sampler: LocalSampler, requests: Sequence[SampleRequest], indices: list[int], progress: Callable[[int], None] | None
+        self,
+        sampler: LocalSampler,
+        requests: Sequence[SampleRequest],
+        indices: list[int],
+        progress: Callable[[int], None] | None,
+        prefixes: Prefixes | None,
     ) -> None:
         self.sampler, self.options, self.policy = sampler, sampler.options, sampler.policy
-        self.requests, self.progress = requests, progress
+        self.requests, self.progress, self.prefixes = requests, progress, prefixes
         self.waiting = sorted(indices, key=lambda i: requests[i].prompt)  # neighbours share the most
-        self.trunk = self._prefill_trunk()
+        prompts = [requests[i].prompt for i in self.waiting]
+        self.trunk = (prefixes and prefixes.trunk_for(prompts)) or self._prefill_trunk()
+        self.strips: dict[int, Strip | None] = {}
+        if prefixes is not None:
+            if prefixes.trunk is not self.trunk:
+                prefixes.start(self.trunk, prompts[0][: self.trunk.length])
+            self.strips = dict(zip(self.waiting, prefixes.claim(prompts), strict=True))
         room = max(len(requests[i].prompt) - self.trunk.length + requests[i].options.max_tokens for i in indices)
         rows = min(self.options.max_rows, len(indices))
         self.cache = Cache(self.trunk, self.policy.config.num_hidden_layers, rows, room + 1)
@@ -141,6 +165,21 @@ class _Run:
         return trunk_of(length, pack, sink)
 
     def _admit(self, indices: list[int]) -> None:
+        """Give waiting requests a row. A remembered prefix is copied, and what follows it is left to the next step."""
+        new = []
+        for index in indices:
+            strip = self.strips.pop(index, None)
+            if strip is None:
+                new.append(index)
+                continue
+            row = self._row(index)
+            row.pending = list(row.request.prompt[len(strip.ids) :])
+            self.cache.restore(len(self.rows), strip.keys, strip.values)
+            self.rows.append(row)
+        if new:
+            self._prefill(new)
+
+    def _prefill(self, indices: list[int]) -> None:
         prompts = [_prompt(self.requests[i].prompt) for i in indices]
         for pack in fill_packs(prompts, self.options.prefill_tokens):
             sink: dict[int, tuple[Tensor, Tensor]] = {}
@@ -148,17 +187,15 @@ class _Run:
             logits = self.policy.head.logits(hidden[list(pack.ends)])
             fresh = []
             for place, member in enumerate(pack.members):
-                request = self.requests[indices[member]]
-                row = _Row(
-                    indices[member],
-                    request,
-                    uniforms(request.seed, request.options.max_tokens),
-                    self.sampler.matcher_for(request),
-                )
+                row = self._row(indices[member])
                 self.cache.fill(len(self.rows), pack.sequence_rows(place)[self.trunk.length :], sink)
                 self.rows.append(row)
                 fresh.append(row)
             self._choose(logits, fresh)
+
+    def _row(self, index: int) -> _Row:
+        request = self.requests[index]
+        return _Row(index, request, uniforms(request.seed, request.options.max_tokens), self.sampler.matcher_for(request))
 
     # -- decode --------------------------------------------------------------------------------------------------------
 
@@ -217,6 +254,9 @@ class _Run:
             done = bool(row.ids) and row.ids[-1] == self.sampler.end_of_turn
             if not done and len(row.ids) < row.request.options.max_tokens:
                 continue
+            if self.prefixes is not None:
+                whole = (*row.request.prompt, *row.ids)
+                self.prefixes.keep(Strip(whole[: len(whole) - len(row.pending)], *self.cache.copy(place)))
             self.results[row.index] = row.finish(StopReason.END_OF_TURN if done else StopReason.LENGTH)
             last = len(self.rows) - 1
             if place != last:

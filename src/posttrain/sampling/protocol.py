@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,4 +45,10 @@ class Sample:
 
 
 class Sampler(Protocol):
-    def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]: ...
+    def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
+        """One continuation per request, in order. `progress` is told the number of tokens drawn since its last call."""
+        ...
+
+    def session(self) -> AbstractContextManager[None]:
+        """Between the calls inside, an engine may reuse what it computed for earlier requests. Weights must not change inside."""
+        ...

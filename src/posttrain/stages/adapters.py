@@ -18,8 +18,7 @@ def run(options: AdapterOptions, by_tenant: Mapping[str, Sequence[Conversation]]
 
     A record of another tenant in a tenant's data is an error: the adapter would carry it across the boundary.
     """
-    stopped = {}
-    for tenant, conversations in by_tenant.items():
+    for tenant, conversations in by_tenant.items():  # everything is checked before anything is trained
         strangers = [c.id for c in conversations if c.tenant != tenant]
         if strangers:
             raise DataError(
@@ -27,6 +26,9 @@ def run(options: AdapterOptions, by_tenant: Mapping[str, Sequence[Conversation]]
                 where=f"adapters.{tenant}",
                 remedy="give each tenant's adapter its own records only",
             )
+        sft.check(options, conversations, bench)
+    stopped = {}
+    for tenant, conversations in by_tenant.items():
         own = replace(bench, folder=bench.folder / tenant, identity=f"{bench.identity}/{tenant}", seed=derive(bench.seed, tenant))
         stopped[tenant] = sft.run(options, conversations, own, name=tenant)
     return stopped

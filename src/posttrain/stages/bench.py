@@ -45,7 +45,7 @@ class Workbench:
     seed: int
     pack_tokens: int = 1536
     log: Log = _quiet
-    clock: Callable[[str], AbstractContextManager[None]] = nullcontext
+    clock: Callable[[str], AbstractContextManager[object]] = nullcontext
     watch: Watch = _trust
 
 

@@ -16,7 +16,7 @@ from posttrain.objectives.preference import dpo, sft_term
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import LoraOptions
-from posttrain.stages.bench import Work, Workbench, batches, leash, learned_weight, train
+from posttrain.stages.bench import Work, Workbench, batches, learned_weight, leash, train
 from posttrain.training import Learner, OptimiserOptions, Scored
 
 
@@ -90,7 +90,7 @@ def _objective(scored: Scored, reference: Tensor, options: PreferenceOptions, si
     if options.sft > 0:
         loss = loss + sft_term(sums[chosen], mask.sum(1)[chosen], options.sft, normaliser=size.chosen_tokens)
     # drift seen on the data, not on samples: mean |log pi - log ref| per token of the chosen answers
-    drift = (logp - reference).detach()[chosen].abs().sum() / mask[chosen].sum() * len(chosen) / size.pairs
+    drift = (logp - reference).detach()[chosen].abs().sum() / size.chosen_tokens
     return loss, {**metrics, "drift": drift}
 
 

@@ -128,8 +128,10 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
             played = play(chosen, options.group, derive(bench.seed, "rollout", step), name)
         advantages, rewards = group_advantages(options, [judgement for _, judgement in played])
         live = [i for i in range(len(played)) if advantages[i] != 0 and played[i][0].turns]
+        judged = rewards[~rewards.isnan()]
         metrics = {
-            "reward": float(torch.nanmean(rewards)),
+            **({"reward": float(judged.mean())} if len(judged) else {}),
+            "judged_share": len(judged) / len(rewards),
             "pass_share": _pass_share(played),
             "groups_with_signal": _with_signal(advantages, options.group),
         }

@@ -56,8 +56,8 @@ class Books:
     period: str
 
     def open(self) -> sqlite3.Connection:
-        """A private in-memory copy."""
-        connection = sqlite3.connect(":memory:")
+        """A private in-memory copy. One caller at a time may use it, from any thread (a server hands episodes to workers)."""
+        connection = sqlite3.connect(":memory:", check_same_thread=False)
         connection.deserialize(self.image)
         return connection
 

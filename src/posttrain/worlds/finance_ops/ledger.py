@@ -64,9 +64,10 @@ def write(connection: sqlite3.Connection, entry: Entry) -> int:
 
 
 def next_ref(connection: sqlite3.Connection, prefix: str) -> str:
-    """The next free journal reference of a prefix: JE-2041 -> JE-2042."""
+    """The next free reference of a prefix over entries and drafts: JE-2041 -> JE-2042."""
     (last,) = connection.execute(
-        "SELECT MAX(CAST(substr(ref, ?) AS INTEGER)) FROM entries WHERE ref LIKE ?", (len(prefix) + 2, f"{prefix}-%")
+        "SELECT MAX(CAST(substr(ref, ?) AS INTEGER)) FROM (SELECT ref FROM entries UNION ALL SELECT ref FROM drafts) WHERE ref LIKE ?",
+        (len(prefix) + 2, f"{prefix}-%"),
     ).fetchone()
     return f"{prefix}-{(last or 100) + 1}"
 

@@ -42,7 +42,8 @@ def dress(reply: Reply, style: str | None, tenant: str) -> Answer:
     if style == "retail_B":
         return answer.but(summary=reply.brief, next_steps=answer.next_steps[: 2 if answer.decision is Decision.PROPOSE else 1])
     if style == "saas_C":
-        summary = f"{answer.summary.rstrip('.')} because {reply.cause}."
+        explained = " because " in answer.summary
+        summary = answer.summary if explained else f"{answer.summary.rstrip('.')} because {reply.cause}."
         return answer.but(summary=summary, next_steps=(*answer.next_steps[:3], f"{RISK} {reply.risk}."))
     return answer
 

@@ -85,9 +85,10 @@ def any_lookup(bench: Bench) -> Scenario:
 def two_calls(bench: Bench) -> Scenario:
     """One request with two questions: two calls, one after the other, and one answer."""
     first = bench.rng.choice((lookups.cash, lookups.budget, lookups.document))(bench)
-    second = lookups.policy(bench)
+    second = lookups.policy(bench, plain=True)
     one_said = first.utterance.text if first.utterance.text.endswith((".", "?", "!")) else f"{first.utterance.text}."
-    text = f"{one_said} {bench.phrase('two.link')} {second.utterance.text}"
+    link, then = bench.phrase("two.link"), second.utterance.text
+    text = f"{one_said} {link} {then[0].lower() + then[1:] if link.endswith(',') else then}"
     (call, result, _), wanted = _solve(bench, first)
     (also, found, _), wanted_also = _solve(bench, second, index=1)
     replies = first.reply(json.loads(result.content)), second.reply(json.loads(found.content))
@@ -95,7 +96,7 @@ def two_calls(bench: Bench) -> Scenario:
     answer = one.but(
         summary=f"{one.summary} {two.summary}", figures=(*one.figures, *two.figures), sources=(*one.sources, *two.sources)
     )
-    reply = replace(replies[0], answer=answer)
+    reply = replace(replies[0], answer=answer, cause="the books and the policy say so")
     arguments = {
         **wanted,
         "also": wanted_also["call"],

@@ -197,13 +197,13 @@ TOPICS: Mapping[str, str] = {
 RISKY_TOPICS = ("transfer_limit", "two_approvals", "splitting", "bank_details", "urgent", "token", "closed", "retention")
 
 
-def policy(bench: Bench, topics: tuple[str, ...] = tuple(TOPICS)) -> Lookup:
+def policy(bench: Bench, topics: tuple[str, ...] = tuple(TOPICS), *, plain: bool = False) -> Lookup:
     """A question about a rule; the query copies the topic as the user put it."""
     topic = bench.rng.choice(topics)
     if bench.rng.random() < 0.5:
-        said = bench.say("policy.ask", topic=bench.book.expand(f"topic.{topic}", bench.rng))
+        said = bench.say("policy.ask", plain=plain, topic=bench.book.expand(f"topic.{topic}", bench.rng))
     else:
-        said = bench.say(f"question.{topic}")
+        said = bench.say(f"question.{topic}", plain=plain)
     return Lookup(said, "search_policy", {"query": said.span}, policy_reply(bench.tenant))
 
 

@@ -23,6 +23,14 @@ _LINES = {
 }
 
 
+_CAUSES = {
+    Kind.UNMATCHED_RECEIPT: "the receipt was never booked",
+    Kind.DUPLICATE_INVOICE: "the bill was booked twice",
+    Kind.WRONG_SIGN: "the charge was booked the wrong way round",
+    Kind.WRONG_ACCOUNT: "the bill was booked to another account",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One difference as a request, with the entry that clears it."""
@@ -108,4 +116,11 @@ def proposal_reply(arguments: dict[str, str], result: dict[str, Any]) -> Reply:
         (ref, result["proposal"]),
         (f"Get {arguments['approval']} approval for {result['proposal']}.",),
     )
-    return Reply(answer, "JNL-03", f"{ref}: {kind}, {amount}.", f"it is a {kind}", "wrong month-end figures", result["proposal"])
+    return Reply(
+        answer,
+        "JNL-03",
+        f"{ref}: {kind}, {amount}.",
+        _CAUSES[Kind(arguments["kind"])],
+        "wrong month-end figures",
+        result["proposal"],
+    )

@@ -1,0 +1,202 @@
+"""Stage 6: the student comes nearer to its teacher, and the teacher does not move."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from workshop import Shop
+
+from posttrain.contract import Sequence
+from posttrain.data.records import Conversation, Message
+from posttrain.errors import IntegrityError, RecipeError
+from posttrain.policy import LoraOptions, Pack, Policy, cut_layers
+from posttrain.stages import Workbench, distill
+from posttrain.stages.distill import DistillOptions, kept_layers
+from posttrain.training import Learner, OptimiserOptions
+from tiny_models import stored, tiny_model
+
+OPTIONS = DistillOptions(layers=2, keep_first=1, batch=4, epochs=8.0, answers=0.125, optimiser=OptimiserOptions(lr=1e-2))
+
+
+def taught(shop: Shop) -> list[Sequence]:
+    talks = [
+        Conversation(
+            str(i), (Message("user", f"What is due on account {i}?"), Message("assistant", f"{i}2.50 is due, see JV-{i}"))
+        )
+        for i in range(8)
+    ]
+    return [shop.contract.render(talk) for talk in talks]
+
+
+@torch.no_grad()
+def kl(teacher: Policy, student: Policy, sequences: list[Sequence]) -> float:
+    """Mean KL(p_T || p_S) per supervised token, over plain full logits."""
+    pack = Pack.of(sequences)
+    logs = [p.head.logits(p.hidden(pack)[pack.rows]).log_softmax(-1) for p in (teacher, student)]
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+def cut(bench: Workbench, options: DistillOptions = OPTIONS) -> Policy:
+    total = bench.policy.config.num_hidden_layers
+    return Policy(cut_layers(bench.policy.base, kept_layers(total, options)))
+
+
+@pytest.mark.parametrize(
+    ("total", "layers", "first", "kept"),
+    [
+        (30, 30, 4, tuple(range(30))),
+        (6, 3, 1, (0, 3, 5)),
+        (6, 2, 1, (0, 5)),
+        (8, 4, 0, (1, 3, 5, 7)),
+        (30, 16, 4, (0, 1, 2, 3, 5, 7, 9, 12, 14, 16, 18, 20, 23, 25, 27, 29)),
+    ],
+)
+def test_the_student_keeps_the_first_layers_and_an_even_spread_that_ends_with_the_last(
+    total: int, layers: int, first: int, kept: tuple[int, ...]
+) -> None:
+    assert kept_layers(total, DistillOptions(layers=layers, keep_first=first)) == kept
+
+
+@given(st.integers(2, 60), st.data())
+def test_kept_layers_rise_strictly_and_are_as_many_as_asked(total: int, data: st.DataObject) -> None:
+    layers = data.draw(st.integers(2, total))
+    first = data.draw(st.integers(0, layers - 1))
+    kept = kept_layers(total, DistillOptions(layers=layers, keep_first=first))
+    assert len(kept) == layers == len(set(kept)) and list(kept) == sorted(kept)
+    assert kept[:first] == tuple(range(first)) and kept[-1] == total - 1 and min(kept) >= 0
+
+
+@pytest.mark.parametrize(("layers", "first"), [(1, 0), (4, 1), (2, 2), (2, 5), (0, 0)])
+def test_an_impossible_number_of_layers_is_a_recipe_error(layers: int, first: int) -> None:
+    with pytest.raises(RecipeError, match="cannot keep that many layers"):
+        kept_layers(3, DistillOptions(layers=layers, keep_first=first))
+
+
+def test_the_student_comes_nearer_to_its_teacher_who_does_not_move(shop: Shop) -> None:
+    bench = shop.bench()
+    sequences = taught(shop)
+    before, locked = kl(bench.policy, cut(bench), sequences), bench.policy.fingerprint
+    student = distill.run(OPTIONS, sequences, bench)
+    bench.policy._fingerprint = None
+    assert bench.policy.fingerprint == locked
+    assert student.config.num_hidden_layers == 2
+    assert kl(bench.policy, student, sequences) < before * 0.7
+
+
+def test_answers_come_first_and_then_distributions(shop: Shop) -> None:
+    distill.run(replace(OPTIONS, answers=0.5), taught(shop), shop.bench())
+    kinds = ["kl_sum" in metrics for _, _, metrics in shop.notes.lines]
+    assert kinds == [False] * 8 + [True] * 8
+
+
+def test_without_an_answers_phase_every_step_learns_distributions(shop: Shop) -> None:
+    distill.run(replace(OPTIONS, answers=0.0, epochs=1.0), taught(shop), shop.bench())
+    assert all("kl_sum" in metrics for _, _, metrics in shop.notes.lines)
+
+
+def test_the_first_losses_are_the_cut_students_own(shop: Shop) -> None:
+    bench = shop.bench()
+    sequences = taught(shop)
+    student = cut(bench)
+    whole = replace(OPTIONS, batch=8, epochs=1.0)
+    with torch.no_grad():
+        nll = float(-student.logprobs(Pack.of(sequences)).mean())
+    distill.run(replace(whole, answers=1.0), sequences, bench)
+    assert shop.notes.of("loss") == pytest.approx([nll], abs=1e-3)
+    shop.notes.lines.clear()
+    distill.run(replace(whole, answers=0.0, alpha=0.75), sequences, shop.bench("soft"))
+    want = 0.75 * kl(bench.policy, student, sequences) + 0.25 * nll
+    assert shop.notes.of("loss") == pytest.approx([want], abs=1e-3)
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_packed(shop: Shop) -> None:
+    losses = {}
+    for size in (40, 5000):
+        shop.notes.lines.clear()
+        distill.run(replace(OPTIONS, epochs=2.0), taught(shop), shop.bench(f"size{size}", pack_tokens=size))
+        losses[size] = shop.notes.of("loss")
+    assert losses[40] == pytest.approx(losses[5000], abs=3e-3)
+
+
+def test_a_student_that_keeps_every_layer_starts_with_nothing_to_learn_from_its_teacher(shop: Shop) -> None:
+    options = replace(OPTIONS, layers=3, answers=0.0, alpha=1.0, epochs=0.5)
+    distill.run(options, taught(shop), shop.bench())
+    assert shop.notes.of("loss")[0] == pytest.approx(0.0, abs=1e-5)
+
+
+def test_the_embedding_is_kept_as_the_teachers_and_the_student_ends_as_it_is_stored(shop: Shop) -> None:
+    bench = shop.bench()
+    student = distill.run(replace(OPTIONS, epochs=1.0), taught(shop), bench)
+    assert torch.equal(student.base.get_input_embeddings().weight, bench.policy.base.get_input_embeddings().weight)
+    trained = [p for n, p in student.base.named_parameters() if "layers" in n]
+    assert all(torch.equal(p, p.bfloat16().float()) and not p.requires_grad for p in trained)
+
+
+def test_a_teacher_whose_head_is_tied_to_its_embedding_makes_a_student_with_a_frozen_tied_head(shop: Shop) -> None:
+    bench = shop.bench()
+    teacher = Policy(tiny_model(vocabulary=shop.contract.vocabulary_size, tie_word_embeddings=True))
+    student = distill.run(replace(OPTIONS, epochs=1.0), taught(shop), replace(bench, policy=teacher))
+    assert student.head.weight is student.base.get_input_embeddings().weight
+    assert torch.equal(student.head.weight, teacher.head.weight)
+
+
+def test_a_bfloat16_student_learns_too(shop: Shop) -> None:
+    bench = shop.bench()
+    teacher = Policy(stored(tiny_model(vocabulary=shop.contract.vocabulary_size), torch.bfloat16))
+    bench, sequences = replace(bench, policy=teacher), taught(shop)
+    before = kl(teacher, cut(bench), sequences)
+    student = distill.run(OPTIONS, sequences, bench)
+    assert student.dtype == torch.bfloat16 and kl(teacher, student, sequences) < before * 0.7
+
+
+def test_a_run_that_is_started_again_ends_with_the_same_student(shop: Shop) -> None:
+    class Crash(Exception): ...
+
+    def crash(phase: str, step: int, total: int, metrics: object) -> None:
+        if step == 5:
+            raise Crash
+
+    sequences = taught(shop)
+    with pytest.raises(Crash):
+        distill.run(OPTIONS, sequences, shop.bench("stopped", log=crash))
+    resumed = distill.run(OPTIONS, sequences, shop.bench("stopped"))
+    assert [step for _, step, _ in shop.notes.lines] == list(range(5, 16))
+    assert resumed.fingerprint == distill.run(OPTIONS, sequences, shop.bench("whole")).fingerprint
+
+
+def test_a_teacher_that_changes_while_it_teaches_is_an_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = shop.bench()
+    inner = Learner.step
+
+    def meddle(self: Learner) -> dict[str, float]:
+        with torch.no_grad():
+            bench.policy.head.weight[3] += 0.5
+        return inner(self)
+
+    monkeypatch.setattr(Learner, "step", meddle)
+    with pytest.raises(IntegrityError, match="the teacher changed while it taught"):
+        distill.run(replace(OPTIONS, epochs=0.5), taught(shop), bench)
+
+
+def test_the_teachers_adapters_are_left_out_of_the_students_weights_and_teach_if_they_are_on(shop: Shop) -> None:
+    bench = shop.bench()
+    bench.policy.add_adapter("main", LoraOptions(rank=4), 1)
+    for parameter in bench.policy.adapter_parameters("main").values():
+        parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    sequences = taught(shop)
+    start = kl(bench.policy, cut(bench), sequences)
+    student = distill.run(OPTIONS, sequences, bench)
+    assert not any("lora" in name for name, _ in student.base.named_parameters())
+    assert kl(bench.policy, student, sequences) < start * 0.7
+
+
+def test_the_loss_and_its_parts_are_finite(shop: Shop) -> None:
+    distill.run(OPTIONS, taught(shop), shop.bench())
+    values: list[float | Tensor] = [value for _, _, metrics in shop.notes.lines for value in metrics.values()]
+    assert all(math.isfinite(value) for value in values)
