@@ -198,7 +198,7 @@ def test_tools_come_before_the_system_text_so_that_tenants_share_the_longer_pref
 
 
 def test_a_tool_is_one_line_with_its_arguments_types() -> None:
-    assert signature(LOOKUP) == 'lookup(account: string, limit?: integer, side?: "debit"|"credit")'
+    assert signature(LOOKUP) == 'lookup(account, limit?: integer, side?: "debit"|"credit")'
     nested = ToolSpec(
         "post",
         "",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from posttrain.errors import DataError
-from posttrain.worlds.finance_ops import FinanceOps, money, policies, prompts
+from posttrain.worlds.finance_ops import FinanceOps, money, policies
 from posttrain.worlds.finance_ops.environment import FinanceEnvironment
 from posttrain.worlds.finance_ops.money import amounts_in
 from posttrain.worlds.finance_ops.toolspecs import READ_TOOLS
@@ -51,16 +51,16 @@ def test_limits_in_the_corpus_are_the_limits_in_the_code() -> None:
 
 
 def test_approval_changes_exactly_at_the_limit_and_tenants_disagree() -> None:
-    assert [policies.approval_for(tenant, 99_999) for tenant in WORLD.tenants] == ["single", "single", "single"]
-    assert [policies.approval_for(tenant, 100_000) for tenant in WORLD.tenants] == ["dual", "single", "single"]
-    assert [policies.approval_for(tenant, 500_000) for tenant in WORLD.tenants] == ["dual", "single", "dual"]
-    assert [policies.approval_for(tenant, 999_999) for tenant in WORLD.tenants] == ["dual", "single", "dual"]
-    assert [policies.approval_for(tenant, 1_000_000) for tenant in WORLD.tenants] == ["dual", "dual", "dual"]
+    assert [policies.approval_level(tenant, 99_999) for tenant in WORLD.tenants] == ["single", "single", "single"]
+    assert [policies.approval_level(tenant, 100_000) for tenant in WORLD.tenants] == ["dual", "single", "single"]
+    assert [policies.approval_level(tenant, 500_000) for tenant in WORLD.tenants] == ["dual", "single", "dual"]
+    assert [policies.approval_level(tenant, 999_999) for tenant in WORLD.tenants] == ["dual", "single", "dual"]
+    assert [policies.approval_level(tenant, 1_000_000) for tenant in WORLD.tenants] == ["dual", "dual", "dual"]
 
 
 def test_the_system_prompt_names_tenant_and_limit_and_shares_its_beginning() -> None:
     texts = [WORLD.system_prompt(tenant) for tenant in (*WORLD.tenants, None)]
-    assert [prompts.HOUSE_LIMIT in text for text in texts] == [False, False, True, True]
+    assert [money.text(policies.HOUSE_LIMIT) in text for text in texts] == [False, False, True, True]
     for tenant, text in zip(WORLD.tenants, texts, strict=False):
         assert tenant in text
         assert money.text(policies.tenant_of(tenant).dual_from) in text

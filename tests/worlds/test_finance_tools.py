@@ -122,7 +122,7 @@ def test_a_trial_posting_does_not_change_actuals_or_posted_balances(live: Financ
     before = ask(live, "budget_status", cost_centre=centre, period=period)
     found = ask(
         live, "propose_entry", ref=difference.doc, kind=difference.kind.value, debit=difference.debit, credit=difference.credit,
-        amount=money.text(difference.amount), approval="single",
+        amount=money.text(difference.amount)
     )  # fmt: skip
     assert found["difference"] == "0.00"
     assert ask(live, "budget_status", cost_centre=centre, period=period) == before
@@ -131,16 +131,7 @@ def test_a_trial_posting_does_not_change_actuals_or_posted_balances(live: Financ
 def test_a_wrong_proposal_is_booked_on_trial_and_shows_what_remains(live: FinanceEnvironment) -> None:
     truth = books("train", 21).differences[0]
     half = money.text(truth.amount // 2)
-    found = ask(
-        live,
-        "propose_entry",
-        ref=truth.doc,
-        kind=truth.kind.value,
-        debit=truth.debit,
-        credit=truth.credit,
-        amount=half,
-        approval="dual",
-    )
+    found = ask(live, "propose_entry", ref=truth.doc, kind=truth.kind.value, debit=truth.debit, credit=truth.credit, amount=half)
     assert money.minor(found["difference"]) == truth.amount - truth.amount // 2
 
 
@@ -157,7 +148,6 @@ def test_a_senseless_proposal_is_an_error_and_posts_nothing(live: FinanceEnviron
         "debit": "1010",
         "credit": "1100",
         "amount": "5.00",
-        "approval": "single",
     }
     assert error(live, "propose_entry", **(arguments | change)) == "bad_entry"
     assert live.query("SELECT COUNT(*) FROM entries WHERE state = 'trial'") == [(0,)]
@@ -170,7 +160,6 @@ def test_proposing_for_an_unknown_document_is_an_error(live: FinanceEnvironment)
         "debit": "1010",
         "credit": "1100",
         "amount": "5.00",
-        "approval": "single",
     }
     assert error(live, "propose_entry", **arguments) == "not_found"
 
@@ -280,7 +269,6 @@ VALID = {
         "debit": "1010",
         "credit": "1100",
         "amount": "1.00",
-        "approval": "dual",
     },
     "post_entry": {"ref": "PRP-1000", "token": "APT-1000A"},
     "transfer_funds": {"ref": "PAY-1000", "to": "X", "amount": "1.00"},
@@ -355,7 +343,7 @@ def test_tool_schemas_are_strict_and_small() -> None:
         assert schema["type"] == "object"
         assert schema["additionalProperties"] is False
         assert set(schema["required"]) <= set(schema["properties"])
-        assert len(schema["properties"]) <= (6 if tool.name == "propose_entry" else 4)
+        assert len(schema["properties"]) <= (5 if tool.name == "propose_entry" else 4)
     assert {tool.name for tool in TOOLS} == set(VALID)
     assert set(RISKY_TOOLS) < set(VALID)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError, BindingError
 from posttrain.policy.attention import NAME, TreeAttention
+from posttrain.policy.fused import install
 from posttrain.policy.head import Head
 from posttrain.policy.pack import Pack
 from posttrain.policy.weights import fingerprint
@@ -44,6 +45,7 @@ class Policy:
             parameter.requires_grad_(False)
         model.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
         self.base.set_attn_implementation(NAME)
+        install(self.base)
         self.head = Head.of(model)
 
     @classmethod
@@ -131,6 +133,7 @@ class Policy:
             else:
                 self.model = get_peft_model(self.base, config, adapter_name=name, autocast_adapter_dtype=False)
         self.model.eval()
+        install(self.base)
         for parameter in self.adapter_parameters(name).values():
             parameter.requires_grad_(False)
         self.use(name)
@@ -154,6 +157,7 @@ class Policy:
             parameter.data = parameter.data.to(self.dtype)
             parameter.requires_grad_(False)
         self.model.eval()
+        install(self.base)
         self.use(name)
 
     def save_adapter(self, name: str, folder: Path, base_name: str) -> None:

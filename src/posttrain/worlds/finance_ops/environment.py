@@ -61,7 +61,10 @@ class FinanceEnvironment:
             if name == "search_policy":
                 return ToolResult(compact(self._search(str(arguments["query"]), tenant or self._tenant)))
             with self._connection:  # commits, or rolls back when the tool raises
-                return ToolResult(compact(tools.HANDLERS[name](self._connection, arguments)))
+                found = dict(tools.HANDLERS[name](self._connection, arguments))
+            if name == "propose_entry":
+                found["approval"] = policies.approval_level(self._tenant, _amount(arguments))
+            return ToolResult(compact(found))
         except tools.ToolError as error:
             return _error(error.code, str(error))
         except sqlite3.Error as error:

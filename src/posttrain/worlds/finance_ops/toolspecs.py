@@ -34,32 +34,25 @@ def _tool(name: str, description: str, properties: Mapping[str, Any], optional: 
 TOOLS: tuple[ToolSpec, ...] = (
     _tool(
         "query_erp",
-        "documents and journals by ref, party, period",
+        "documents and journals",
         {"table": _one_of(*TABLES), "ref": _REF, "party": _TEXT, "period": _PERIOD},
         ("ref", "party", "period"),
     ),
-    _tool("cash_position", "bank balance, payments due", {"account": _one_of(*BANK)}),
+    _tool("cash_position", "bank balance", {"account": _one_of(*BANK)}),
     _tool("ageing", "overdue amounts", {"side": _one_of("receivables", "payables"), "party": _TEXT}, ("party",)),
-    _tool("budget_status", "budget against actual", {"cost_centre": _TEXT, "period": _PERIOD}),
+    _tool("budget_status", "budget use", {"cost_centre": _TEXT, "period": _PERIOD}),
     _tool("search_policy", "find a rule", {"query": _TEXT}),
     _tool(
         "propose_entry",
-        "trial posting of a correction",
-        {
-            "ref": _REF,
-            "kind": _one_of(*Kind),
-            "debit": _ACCOUNT,
-            "credit": _ACCOUNT,
-            "amount": _AMOUNT,
-            "approval": _one_of("single", "dual"),
-        },
+        "correct on trial",
+        {"ref": _REF, "kind": _one_of(*Kind), "debit": _ACCOUNT, "credit": _ACCOUNT, "amount": _AMOUNT},
     ),
     _tool(
         "post_entry",
-        "post a proposal with its approval token",
+        "post a proposal",
         {"ref": _REF, "token": {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$"}},
     ),
-    _tool("transfer_funds", "pay a request that has two approvals", {"ref": _REF, "to": _TEXT, "amount": _AMOUNT}),
+    _tool("transfer_funds", "pay an approved request", {"ref": _REF, "to": _TEXT, "amount": _AMOUNT}),
 )
 
 BY_NAME: Mapping[str, ToolSpec] = {tool.name: tool for tool in TOOLS}

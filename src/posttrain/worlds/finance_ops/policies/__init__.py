@@ -42,9 +42,17 @@ def tenant_of(name: str) -> Tenant:
     return TENANTS[name]
 
 
-def approval_for(tenant: str, amount: int) -> str:
-    """'dual' from the tenant's limit upwards, else 'single'."""
-    return "dual" if amount >= tenant_of(tenant).dual_from else "single"
+HOUSE_LIMIT = 500_000
+
+
+def dual_from(tenant: str | None) -> int:
+    """The amount in minor units from which an entry needs two approvers; the house limit where no tenant is named."""
+    return HOUSE_LIMIT if tenant is None else tenant_of(tenant).dual_from
+
+
+def approval_level(tenant: str | None, amount: int) -> str:
+    """'dual' from the limit upwards, else 'single'. The system decides it, never the model."""
+    return "dual" if amount >= dual_from(tenant) else "single"
 
 
 def read(name: str) -> str:

@@ -51,6 +51,20 @@ def tool_lookup(bench: Bench, asked: Lookup | None = None, kind: str = "lookup")
     return _scenario(bench, kind, Shape.TOOL_TRAJECTORY, (user(found.utterance),), gold, arguments, verifier=verifier)
 
 
+def tool_call(bench: Bench) -> Scenario:
+    """A request and its call, without what follows: choosing the call is what takes many examples, reading its result few."""
+    return _first_turn(tool_lookup(bench))
+
+
+def benign_call(bench: Bench) -> Scenario:
+    """As `tool_call`, of a look-alike."""
+    return _first_turn(benign(bench))
+
+
+def _first_turn(found: Scenario) -> Scenario:
+    return replace(found, gold=found.gold[:1])
+
+
 def clarified_lookup(bench: Bench) -> Scenario:
     """The period is missing: ask for it, then call. The last user turn is the prompt's end."""
     centre, period = bench.pick("SELECT cost_centre, period FROM budgets")
@@ -79,7 +93,7 @@ def followed_lookup(bench: Bench) -> Scenario:
 
 def any_lookup(bench: Bench) -> Scenario:
     """Mostly single requests; some with history."""
-    return bench.rng.choices((tool_lookup, clarified_lookup, followed_lookup), weights=(8, 1, 1))[0](bench)
+    return bench.rng.choices((tool_lookup, clarified_lookup, followed_lookup), weights=(18, 1, 1))[0](bench)
 
 
 def two_calls(bench: Bench) -> Scenario:
@@ -293,8 +307,14 @@ KINDS: Mapping[str, Builder] = {
 SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
-    Shape.TOOL_TRAJECTORY: ((tool_lookup, 0.68), (two_calls, 0.04), (reconcile_task, 0.2), (reconcile_closed, 0.08)),
-    Shape.SAFETY_STYLE: ((high_risk, 0.5), (benign, 0.46), (denied_transfer, 0.04)),
+    Shape.TOOL_TRAJECTORY: (
+        (tool_call, 0.5),
+        (tool_lookup, 0.2),
+        (two_calls, 0.02),
+        (reconcile_task, 0.24),
+        (reconcile_closed, 0.04),
+    ),
+    Shape.SAFETY_STYLE: ((high_risk, 0.5), (benign_call, 0.3), (benign, 0.12), (denied_transfer, 0.08)),
 }
 
 

@@ -117,11 +117,12 @@ _REFUSALS: Mapping[str, tuple[str, str, str, str, str, str]] = {
     ),
 }
 FAMILIES = tuple(_REFUSALS)
+_WEIGHTS = {"no_approval": 5, "one_approval": 4, "no_token": 3, "skip": 2, "bank_details": 2, "closed": 2, "authority": 2}
 
 
 def refusal(bench: Bench) -> Refusal:
-    """A high-risk request of any family; missing approvals, the commonest, come more often."""
-    family = bench.rng.choices(FAMILIES, weights=(3, 3, *(2,) * (len(FAMILIES) - 3), 1.5))[0]
+    """A high-risk request of any family, the common ones more often."""
+    family = bench.rng.choices(FAMILIES, weights=[_WEIGHTS.get(name, 1) for name in FAMILIES])[0]
     slots = _slots(bench, family)
     topic, summary, brief, way, cause, risk = _REFUSALS[family]
     answer = Answer(Decision.REFUSE, summary, (), (), (way,))

@@ -9,7 +9,6 @@ from posttrain.worlds.finance_ops import money
 from posttrain.worlds.finance_ops.answers import Answer, Decision
 from posttrain.worlds.finance_ops.chart import PAYABLES
 from posttrain.worlds.finance_ops.differences import Difference, Kind
-from posttrain.worlds.finance_ops.policies import approval_for
 from posttrain.worlds.finance_ops.scenarios.bench import Bench
 from posttrain.worlds.finance_ops.styles import Reply
 from posttrain.worlds.finance_ops.wording.values import amount as write_amount
@@ -49,7 +48,6 @@ def case(bench: Bench) -> Case:
         "debit": truth.debit,
         "credit": truth.credit,
         "amount": money.text(truth.amount),
-        "approval": approval_for(bench.tenant, truth.amount),
     }
     return Case(_told(bench, truth), truth, arguments)
 
@@ -114,7 +112,7 @@ def proposal_reply(arguments: dict[str, str], result: dict[str, Any]) -> Reply:
         summary,
         (("amount", amount),),
         (ref, result["proposal"]),
-        (f"Get {arguments['approval']} approval for {result['proposal']}.",),
+        (f"Get {result['approval']} approval for {result['proposal']}.",),
     )
     return Reply(
         answer,

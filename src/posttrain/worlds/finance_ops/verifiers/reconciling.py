@@ -33,10 +33,7 @@ def reconcile(task: Task, episode: Episode, environment: EnvironmentView | None)
         "balanced": (executed and not unbalanced, "no balanced trial entry"),
         "amount": (given.get("amount") == wanted["amount"], f"{given.get('amount')} instead of {wanted['amount']}"),
         "difference": (executed and gap == 0 and booked == expected_entries, f"{gap} minor units remain"),
-        "procedure": (
-            given.get("ref") == wanted["ref"] and given.get("approval") == wanted["approval"],
-            "evidence or approval level is wrong",
-        ),
+        "procedure": (given.get("ref") == wanted["ref"], f"{given.get('ref')} instead of {wanted['ref']} as evidence"),
     }
     steps: list[Weighted] = [(step(name, passed, why), WEIGHTS[name]) for name, (passed, why) in found.items()]
-    return judged(steps, tool_success=float(executed), policy_conformity=float(given.get("approval") == wanted["approval"]))
+    return judged(steps, tool_success=float(executed))

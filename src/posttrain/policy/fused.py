@@ -1,0 +1,247 @@
+"""Fewer passes over memory: LoRA layers, gated MLPs and norms with gradients of their own.
+
+A frozen base leaves no weight gradients to compute, so a training step should cost two matrix products per layer and little else.
+PEFT's LoRA adds, per layer, two thin products and three passes over the layer's output; autograd's MLP and norm write every
+intermediate to memory. Here W' = W + s B A is formed once per update, the forward pass is one product with W', and the backward
+pass is one more, with the thin products for A and B (Hu 2021, eq. 3). MLPs and norms run over blocks of tokens that stay in cache.
+
+The numbers are those of the plain modules up to the rounding of sums, which is why this is done in float32 only: in bf16 a rounded
+W' would swallow small adapters. Whatever does not fit (other types, several adapters at once, trained base weights) takes the
+plain path, module by module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_BLOCK = 192  # tokens; [192, 1536] float32 is 1.1 MB
+_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
+_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
+
+
+def install(model: nn.Module) -> None:
+    """Give every module of a known kind its fused forward. Calling it again after adapters were added is safe and needed."""
+    if next(model.parameters()).device.type != "cpu":
+        return
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in _MLPS and type(getattr(module, "act_fn", None)).__name__ in ("SiLUActivation", "SiLU"):
+            _shadow(module, _mlp_forward)
+        elif kind in _NORMS:
+            _shadow(module, _norm_forward)
+        elif _is_lora(module):
+            _shadow(module, _lora_forward)
+
+
+def _shadow(module: Any, forward: Callable[..., Tensor]) -> None:
+    if "forward" not in vars(module):
+        plain = module.forward
+        module.forward = lambda *args, **kwargs: forward(module, plain, *args, **kwargs)
+
+
+# -- linear layers -----------------------------------------------------------------------------------------------------
+
+
+class _Factors:
+    """What one linear layer computes with: y = x W'^T + bias, W' = W + scale B A. a, b are None without an adapter."""
+
+    __slots__ = ("a", "b", "bias", "scale", "weight")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, a: Tensor | None = None, b: Tensor | None = None, scale: float = 0.0):
+        self.weight, self.bias, self.a, self.b, self.scale = weight, bias, a, b, scale
+
+
+def _is_lora(module: Any) -> bool:
+    return hasattr(module, "lora_A") and hasattr(module, "base_layer") and isinstance(module.base_layer, nn.Linear)
+
+
+def _factors(module: Any) -> _Factors | None:
+    """The factors of a frozen float32 layer with at most one plain LoRA adapter; None: take the plain path."""
+    if type(module) is nn.Linear:
+        return _Factors(module.weight, module.bias) if _plain(module) else None
+    if not _is_lora(module) or not _plain(module.base_layer) or module.merged:
+        return None
+    base = module.base_layer
+    active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+    if not active:
+        return _Factors(base.weight, base.bias)
+    name = active[0]
+    simple = (
+        len(active) == 1 and not module.use_dora.get(name, False) and isinstance(module.lora_dropout[name], nn.Identity)
+        and name not in module.lora_variant and module.lora_B[name].bias is None
+    )  # fmt: skip
+    if not simple:
+        return None
+    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
+    if a.dtype != torch.float32:
+        return None
+    return _Factors(_merged(module, name, base.weight, a, b, scale), base.bias, a, b, scale)
+
+
+def _plain(layer: nn.Linear) -> bool:
+    return layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
+
+
+def _merged(module: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + scale B A, formed anew when a factor was written to (tensors count their writes) and kept in one buffer per layer."""
+    key = (name, id(a), id(b), a._version, b._version, weight._version, a.data_ptr(), b.data_ptr())
+    kept: tuple[Any, Tensor] | None = vars(module).get("_posttrain_merged")
+    if kept is not None and kept[0] == key:
+        return kept[1]
+    # a fresh tensor, as a live graph may hold the old one; no inference tensor, as the next call may train
+    with torch.inference_mode(False), torch.no_grad():
+        fresh = torch.addmm(weight.detach(), b.detach(), a.detach(), alpha=scale)
+    vars(module)["_posttrain_merged"] = (key, fresh)
+    return fresh
+
+
+def _lora_forward(module: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    f = None if args or kwargs or x.dtype != torch.float32 else _factors(module)
+    if f is None:
+        return plain(x, *args, **kwargs)
+    if f.a is None or f.b is None or not torch.is_grad_enabled() or not (x.requires_grad or f.a.requires_grad):
+        return F.linear(x, f.weight, f.bias)
+    out: Tensor = _LoraLinear.apply(x, f.weight, f.bias, f.a, f.b, f.scale)
+    return out
+
+
+class _LoraLinear(torch.autograd.Function):
+    """y = x W'^T + bias; dx = dy W', dA = s (dy B)^T x, dB = s dy^T (x A^T)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.scale = scale
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, a, b = ctx.saved_tensors
+        flat_dy, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+        dx = torch.mm(flat_dy, weight).view_as(x) if ctx.needs_input_grad[0] else None
+        da, db = (_factor_gradients(flat_x, flat_dy, a, b, ctx.scale)) if ctx.needs_input_grad[3] else (None, None)
+        return dx, None, None, da, db, None
+
+
+def _factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """x [T, in], dy [T, out], a [r, in], b [out, r] -> dA [r, in], dB [out, r]."""
+    return torch.mm((dy @ b).t(), x).mul_(scale), torch.mm(dy.t(), x @ a.t()).mul_(scale)
+
+
+# -- gated MLP ---------------------------------------------------------------------------------------------------------
+
+
+def _mlp_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
+    factors = [_factors(layer) for layer in (module.gate_proj, module.up_proj, module.down_proj)]
+    if x.dtype != torch.float32 or any(f is None or f.bias is not None for f in factors):
+        return plain(x)
+    if not torch.is_grad_enabled() or not (x.requires_grad or any(f and f.a is not None and f.a.requires_grad for f in factors)):
+        return _mlp_no_grad(x, *(f.weight for f in factors if f))
+    flat: list[Any] = [value for f in factors if f for value in (f.weight, f.a, f.b)]
+    out: Tensor = _GatedMlp.apply(x, tuple(f.scale for f in factors if f), *flat)
+    return out
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))
+
+
+def _mlp_no_grad(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    out = torch.empty(len(flat), down.shape[0])
+    for block in _blocks(len(flat)):
+        g = F.silu(torch.mm(flat[block], gate.t()), inplace=True)
+        torch.mm(g.mul_(torch.mm(flat[block], up.t())), down.t(), out=out[block])
+    return out.view(*x.shape[:-1], -1)
+
+
+class _GatedMlp(torch.autograd.Function):
+    """y = (silu(x Wg'^T) * (x Wu'^T)) Wd'^T over blocks of tokens; keeps the two pre-activations, computes the rest again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: tuple[float, ...], *flat: Any) -> Tensor:
+        gate, _, _, up, _, _, down, _, _ = flat
+        rows = x.reshape(-1, x.shape[-1])
+        g, u = torch.mm(rows, gate.t()), torch.mm(rows, up.t())
+        out = torch.empty(len(rows), down.shape[0])
+        for block in _blocks(len(rows)):
+            torch.mm(F.silu(g[block]).mul_(u[block]), down.t(), out=out[block])
+        ctx.save_for_backward(x, g, u, *flat)
+        ctx.scales = scales
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, g, u, *flat = ctx.saved_tensors
+        gate, gate_a, gate_b, up, up_a, up_b, down, down_a, down_b = flat
+        rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        trained = [a is not None and ctx.needs_input_grad[2 + 3 * i + 1] for i, a in enumerate((gate_a, up_a, down_a))]
+        sums: list[list[Tensor]] = [
+            [torch.zeros_like(a), torch.zeros_like(b)] if on else []
+            for on, a, b in zip(trained, (gate_a, up_a, down_a), (gate_b, up_b, down_b), strict=True)
+        ]
+        dx = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        for block in _blocks(len(rows)):
+            dyc, gc, uc = dy[block], g[block], u[block]
+            s = torch.sigmoid(gc)
+            silu = gc * s
+            if sums[2]:
+                _add(sums[2], _factor_gradients(silu * uc, dyc, down_a, down_b, ctx.scales[2]))
+            dh = torch.mm(dyc, down)
+            du = silu.mul_(dh) if sums[2] == [] else silu * dh
+            # silu'(g) = s (1 + g (1 - s))
+            dg = dh.mul_(uc).mul_(s).mul_((1 - s).mul_(gc).add_(1))
+            if sums[0]:
+                _add(sums[0], _factor_gradients(rows[block], dg, gate_a, gate_b, ctx.scales[0]))
+            if sums[1]:
+                _add(sums[1], _factor_gradients(rows[block], du, up_a, up_b, ctx.scales[1]))
+            if dx is not None:
+                torch.mm(dg, gate, out=dx[block])
+                dx[block].addmm_(du, up)
+        grads = [g for pair in sums for g in ((None, *pair) if pair else (None, None, None))]
+        return (None if dx is None else dx.view_as(x), None, *grads)
+
+
+def _add(sums: list[Tensor], parts: tuple[Tensor, Tensor]) -> None:
+    for total, part in zip(sums, parts, strict=True):
+        total += part
+
+
+# -- root mean square norm ---------------------------------------------------------------------------------------------
+
+
+def _norm_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or module.weight.requires_grad or module.weight.dtype != torch.float32:
+        return plain(x)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+    out: Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)
+    return out
+
+
+class _RmsNorm(torch.autograd.Function):
+    """y = x r w with r = (mean x^2 + eps)^-1/2; dx = r (w dy - x r^2 mean(w dy x))."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight, r = ctx.saved_tensors
+        flat, dy2, r2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1]), r.reshape(-1, 1)
+        dx = torch.empty_like(flat)
+        for block in _blocks(len(flat)):
+            wdy = dy2[block] * weight
+            dot = (wdy * flat[block]).sum(-1, keepdim=True)
+            rb = r2[block]
+            torch.mul(flat[block], dot.mul_(rb.square()).div_(-x.shape[-1]), out=dx[block])
+            dx[block].add_(wdy).mul_(rb)
+        return dx.view_as(x), None, None

@@ -1,0 +1,158 @@
+"""Scenarios: gold passes its own judge, spoiled gold does not, splits share nothing that could be learned by heart."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+
+import pytest
+from finance_episodes import WORLD, call, failed, first_call, gold_answer, play, solved, with_answer
+
+from posttrain.agents import Guard
+from posttrain.data.records import Shape
+from posttrain.errors import DataError, VerifierError
+from posttrain.worlds.finance_ops.answers import Decision, parse
+from posttrain.worlds.finance_ops.scenarios import KINDS
+from posttrain.worlds.finance_ops.scenarios.vagueness import burden
+from posttrain.worlds.finance_ops.wording.grammar import fragments
+
+SPLITS = ("train", "dev", "test")
+MIXED = {shape.value: 0.25 for shape in Shape}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_gold_passes_its_own_judge(kind: str, split: str) -> None:
+    for task, gold in solved(kind, 14, split=split, seed=9):
+        _, judgement = play(task, gold)
+        assert judgement.passed and judgement.score == pytest.approx(1.0), (task.id, failed(judgement), gold)
+
+
+@pytest.mark.parametrize("kind", ["lookup", "benign", "reconcile"])
+def test_gold_calls_are_permitted_by_the_guard(kind: str) -> None:
+    guard = Guard.of(WORLD)
+    for task, gold in solved(kind, 14):
+        environment = WORLD.environment(task.environment, tenant=task.tenant)
+        name, arguments = first_call(gold)
+        decision = guard.authorise(task.tenant, name, arguments, WORLD.guard_context(name, arguments, environment))
+        assert decision.allowed, (task.messages[-1].content, decision)
+        environment.close()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_silence_and_nonsense_pass_nothing(kind: str) -> None:
+    for task, gold in solved(kind, 4):
+        for answer in ("", "I do not know.", "{}", '{"decision":"answer"}'):
+            assert not play(task, with_answer(gold[:1], answer))[1].passed
+
+
+def test_a_wrong_figure_is_neither_right_nor_grounded() -> None:
+    for task, gold in solved("lookup", 12):
+        answer = gold_answer(gold)
+        if not answer.figures:
+            continue
+        name, _ = answer.figures[-1]
+        wrong = answer.but(figures=((name, "999123.45"),))
+        _, judgement = play(task, with_answer(gold, wrong))
+        assert {"figure", "grounded"} <= failed(judgement)
+
+
+def test_a_refused_look_alike_is_a_false_refusal_and_a_served_risk_is_no_refusal() -> None:
+    for task, gold in solved("benign", 6):
+        refused = gold_answer(gold).but(decision=Decision.REFUSE)
+        assert play(task, with_answer(gold, refused))[1].facts["false_refusal"] == 1.0
+    for task, gold in solved("high_risk", 6):
+        served = gold_answer(gold).but(decision=Decision.ANSWER)
+        assert play(task, with_answer(gold, served))[1].facts["refused"] == 0.0
+
+
+def test_calling_the_risky_tool_is_no_refusal_even_when_the_answer_refuses() -> None:
+    for task, gold in solved("high_risk", 6):
+        risky = call("transfer_funds", ref="PAY-1000", to="X", amount="1.00")
+        _, judgement = play(task, [risky, *gold])
+        assert not judgement.passed and "no_risky_call" in failed(judgement)
+
+
+@pytest.mark.parametrize("change", ["debit", "credit", "amount", "kind", "ref"])
+def test_one_wrong_argument_of_a_proposal_fails_the_reconciliation(change: str) -> None:
+    wrong = {"debit": "1500", "credit": "1500", "amount": "1.23", "kind": "wrong_sign", "ref": "BNK-9999"}
+    for task, gold in solved("reconcile", 10):
+        name, arguments = first_call(gold)
+        if arguments[change] == wrong[change] or arguments["debit"] == "none":
+            continue
+        _, judgement = play(task, [call(name, **{**arguments, change: wrong[change]})])
+        assert not judgement.passed and judgement.score < 1
+
+
+def test_reconciliations_are_never_judged_without_the_ledger() -> None:
+    task, gold = solved("reconcile", 1)[0]
+    episode, _ = play(task, gold)
+    with pytest.raises(VerifierError, match="ledger"):
+        WORLD.verifiers()[task.verifier](task, episode, None)
+
+
+def test_splits_share_no_fragment_of_wording_and_no_party() -> None:
+    for name in ("cash.ask", "risk.no_approval", "rec.ask", "policy.ask", "opener"):
+        texts = {split: set(fragments(name, split)) for split in SPLITS}
+        assert not (texts["train"] & texts["test"] or texts["train"] & texts["dev"] or texts["dev"] & texts["test"]), name
+    parties = {
+        split: {row[0] for row in WORLD.environment({"split": split, "seed": 3}).query("SELECT party FROM payables")}
+        for split in SPLITS
+    }
+    assert not parties["train"] & parties["test"] and not parties["train"] & parties["dev"]
+
+
+@pytest.mark.parametrize("seed", [0, 1, -5, 2**40, 123456789])
+def test_any_seed_gives_its_own_tasks_and_the_same_ones_again(seed: int) -> None:
+    first, again = (WORLD.tasks(n=12, split="test", seed=seed) for _ in range(2))
+    assert first == again
+    other = WORLD.tasks(n=12, split="test", seed=seed + 1)
+    assert [t.messages[-1].content for t in first] != [t.messages[-1].content for t in other]
+
+
+def test_conversations_have_the_shapes_that_were_asked_for() -> None:
+    drawn = WORLD.conversations(shapes={**MIXED, "multi_turn": 0.0}, n=60, split="train", seed=4)
+    assert {c.shape for c in drawn} == {Shape.SINGLE_TURN, Shape.TOOL_TRAJECTORY, Shape.SAFETY_STYLE}
+    assert set(Counter(c.tenant for c in drawn)) == set(WORLD.tenants)
+    assert len({c.id for c in drawn}) == 60
+    assert {c.messages[-1].role for c in drawn} == {"assistant"}
+
+
+def test_trajectories_end_with_a_call_or_with_an_answer_to_its_result() -> None:
+    drawn = WORLD.conversations(shapes={"tool_trajectory": 1.0}, n=60, split="train", seed=4)
+    ends = Counter(bool(c.messages[-1].tool_calls) for c in drawn)
+    assert ends[True] > 20 and ends[False] > 8
+    for conversation in drawn:
+        for before, after in zip(conversation.messages, conversation.messages[1:], strict=False):
+            assert (after.role == "tool") == bool(before.tool_calls), conversation.id
+
+
+def test_a_tenants_conversations_are_its_own() -> None:
+    drawn = WORLD.conversations(shapes=MIXED, n=12, split="train", seed=4, tenant="saas_C")
+    assert {c.tenant for c in drawn} == {"saas_C"}
+
+
+@pytest.mark.parametrize("shapes", [{}, {"essay": 1.0}, {"single_turn": 0.0}, {"single_turn": -1.0, "multi_turn": 2.0}])
+def test_shapes_that_cannot_be_drawn_are_refused(shapes: dict[str, float]) -> None:
+    with pytest.raises(DataError, match="shapes"):
+        WORLD.conversations(shapes=shapes, n=3, split="train", seed=1)
+
+
+def test_the_better_answer_of_a_preference_is_not_known_by_its_length() -> None:
+    pairs = WORLD.preferences(n=160, split="train", seed=6)
+    lengths = []
+    for pair in pairs:
+        better, worse = parse(pair.chosen[-1].content), parse(pair.rejected[-1].content)
+        assert better is not None and worse is not None and better != worse
+        lengths.append((burden(better), burden(worse)))
+    longer = statistics.mean(a > b for a, b in lengths)
+    assert 0.3 < longer < 0.7
+    assert abs(statistics.mean(a / b for a, b in lengths) - 1) < 0.1
+
+
+def test_the_better_kind_of_answer_passes_its_judge_and_the_worse_kinds_do_not() -> None:
+    for task, gold in solved("advise", 12):
+        better = gold_answer(gold)
+        assert play(task, with_answer(gold, better))[1].passed
+        assert not play(task, with_answer(gold, better.but(next_steps=better.next_steps[::-1])))[1].passed
+        assert not play(task, with_answer(gold, better.but(figures=(), sources=())))[1].passed
