@@ -219,8 +219,10 @@ def _override(value: dict[str, Any], text: str) -> None:
     parsed = yaml.load(raw, Loader=_StrictLoader)
     if isinstance(place, list):
         place[_index(place, last, text)] = parsed
-    else:
+    elif isinstance(place, dict):
         place[last] = parsed
+    else:
+        raise _below_a_value(last, text)
 
 
 def _child(place: Any, part: str, text: str) -> Any:
@@ -228,7 +230,11 @@ def _child(place: Any, part: str, text: str) -> Any:
         return place[_index(place, part, text)]
     if isinstance(place, dict):
         return place.setdefault(part, {})
-    raise RecipeError(
+    raise _below_a_value(part, text)
+
+
+def _below_a_value(part: str, text: str) -> RecipeError:
+    return RecipeError(
         f"{part!r} lies below a plain value", where="override", value=text, remedy="name a key that exists in the recipe"
     )
 

@@ -57,10 +57,11 @@ def test_metrics_are_means_over_the_pairs_of_a_step_however_they_are_packed(shop
         shop.notes.lines.clear()
         preference.run(OPTIONS, PAIRS, shop.bench(f"size{size}", pack_tokens=size))
         lines[size] = [dict(metrics) for _, _, metrics in shop.notes.lines]
-    for small, large in zip(lines[60], lines[5000], strict=True):
+    for step, (small, large) in enumerate(zip(lines[60], lines[5000], strict=True)):
         assert small.pop("pack_tokens") >= large.pop("pack_tokens")
         assert small.keys() == large.keys()
-        for name in ("loss", "margin", "accuracy", "chosen_logp", "rejected_logp"):
+        # at the first step the policy is the reference: every margin is zero but for rounding, and its sign says nothing
+        for name in ("loss", "margin", "chosen_logp", "rejected_logp", *(["accuracy"] if step else [])):
             assert small[name] == pytest.approx(large[name], abs=2e-3), name
 
 

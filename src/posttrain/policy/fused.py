@@ -106,7 +106,7 @@ def _lora_forward(module: Any, plain: Callable[..., Tensor], x: Tensor, *args: A
         return plain(x, *args, **kwargs)
     if f.a is None or f.b is None or not torch.is_grad_enabled() or not (x.requires_grad or f.a.requires_grad):
         return F.linear(x, f.weight, f.bias)
-    out: Tensor = _LoraLinear.apply(x, f.weight, f.bias, f.a, f.b, f.scale)
+    out: Tensor = _LoraLinear.apply(x, f.weight, f.bias, f.a, f.b, f.scale)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -143,7 +143,7 @@ def _mlp_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor
     if not torch.is_grad_enabled() or not (x.requires_grad or any(f and f.a is not None and f.a.requires_grad for f in factors)):
         return _mlp_no_grad(x, *(f.weight for f in factors if f))
     flat: list[Any] = [value for f in factors if f for value in (f.weight, f.a, f.b)]
-    out: Tensor = _GatedMlp.apply(x, tuple(f.scale for f in factors if f), *flat)
+    out: Tensor = _GatedMlp.apply(x, tuple(f.scale for f in factors if f), *flat)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -220,7 +220,7 @@ def _norm_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tenso
         return plain(x)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
-    out: Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)
+    out: Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -231,7 +231,8 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
+        out: Tensor = (x * r).mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
