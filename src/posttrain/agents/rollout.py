@@ -20,7 +20,7 @@ from posttrain.agents.world import Environment, World
 from posttrain.contract import MalformedCall
 from posttrain.data.records import Episode, Message, StopReason, Task, ToolOutcome, ToolSpec, Turn
 from posttrain.errors import DataError, VerifierError
-from posttrain.grammar import Grammar, turn_grammar
+from posttrain.grammar import Grammar, shown, turn_grammar
 from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
 from posttrain.verifying import Judgement, Verifier, expected
 
@@ -170,18 +170,23 @@ class _Table:
             raise DataError("a task without messages", where=f"task {task.id}", remedy="give it a request")
         for tool in task.tools:
             validator_of(tool)
-        grammar = None
-        if self.options.constrained:
-            grammar = turn_grammar(task.tools, task.response_schema, max_calls=self.options.calls_per_turn)
+        self.grammar(task, task.messages)
         prompt = self.contract.prompt_ids(task.messages, task.tools)
-        return [_Play(self, task, copy, list(prompt), grammar) for copy in range(self.options.copies)]
+        return [_Play(self, task, copy, list(prompt)) for copy in range(self.options.copies)]
+
+    def grammar(self, task: Task, messages: Sequence[Message]) -> Grammar | None:
+        """What the next turn may say after these messages."""
+        if not self.options.constrained:
+            return None
+        calls = self.options.calls_per_turn
+        return turn_grammar(task.tools, task.response_schema, max_calls=calls, evidence=shown(messages))
 
 
 class _Play:
     """One episode being played."""
 
-    def __init__(self, table: _Table, task: Task, copy: int, ids: list[int], grammar: Grammar | None) -> None:
-        self.table, self.task, self.copy, self.ids, self.grammar = table, task, copy, ids, grammar
+    def __init__(self, table: _Table, task: Task, copy: int, ids: list[int]) -> None:
+        self.table, self.task, self.copy, self.ids = table, task, copy, ids
         self.messages: list[Message] = list(task.messages)
         self.turns: list[Turn] = []
         self.outcomes: list[ToolOutcome] = []
@@ -204,7 +209,7 @@ class _Play:
             prompt=tuple(self.ids),
             seed=turn_seed(self.table.seed, self.task.id, len(self.turns), self.copy),
             options=SampleOptions(self._room(), options.temperature, options.top_p, options.top_k),
-            grammar=self.grammar,
+            grammar=self.table.grammar(self.task, self.messages),
             adapter=None if adapter_for is None else adapter_for(self.task),
         )
 

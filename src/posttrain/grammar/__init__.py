@@ -1,5 +1,6 @@
 """Grammar: from a schema, or from a turn's tools and answer, to the mask of tokens that may come next."""
 
+from posttrain.grammar.evidence import shown
 from posttrain.grammar.matcher import Grammar, GrammarEngine, Matcher, allowed_counts, forced_rows
 from posttrain.grammar.turn import CALL_CLOSE, CALL_OPEN, json_grammar, turn_grammar
 
@@ -12,5 +13,6 @@ __all__ = [
     "allowed_counts",
     "forced_rows",
     "json_grammar",
+    "shown",
     "turn_grammar",
 ]

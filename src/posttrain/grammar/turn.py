@@ -14,6 +14,7 @@ import jsonschema_rs
 
 from posttrain.data.records import ToolSpec
 from posttrain.errors import GrammarError
+from posttrain.grammar.evidence import KEYWORD, bound, bound_tools
 from posttrain.grammar.matcher import Grammar
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # as the contract writes them; a test holds the two together
@@ -24,23 +25,45 @@ _HEAD = "%llguidance {}"
 _TEXT = r"TEXT: /(?s:.+)/ & ~/(?s:.*)<\/?tool_call>(?s:.*)/"
 
 
-def json_grammar(schema: Mapping[str, Any]) -> Grammar:
-    """One compact JSON document that the schema accepts. An empty schema means any JSON.
+def json_grammar(schema: Mapping[str, Any], evidence: Sequence[str] | None = None) -> Grammar:
+    """One compact JSON document that the schema accepts. An empty schema means any JSON. `evidence`: as for a turn.
 
     Formats (`date`, `email`, ...) are enforced as syntax only: 2023-02-29 passes as a date, so a parsed value is checked again.
     Raises GrammarError that names a keyword which cannot be enforced while decoding.
     """
+    if evidence is not None:
+        schema = _bound(schema, evidence) or schema
     grammar = Grammar(f"{_HEAD}\nstart: %json {_schema_text(schema, 'schema')}\n")
     grammar.check("schema")
     return grammar
 
 
-def turn_grammar(tools: Sequence[ToolSpec], answer_schema: Mapping[str, Any] | None, *, max_calls: int = 2) -> Grammar:
+def _bound(schema: Mapping[str, Any] | None, evidence: Sequence[str]) -> Mapping[str, Any] | None:
+    found = None if schema is None else bound(schema, evidence)
+    if schema is not None and found is None:
+        raise GrammarError(
+            "the answer must hold a value from the conversation, and the conversation holds none",
+            where="answer schema",
+            remedy=f"give the value, or make the property with {KEYWORD} optional",
+        )
+    return found
+
+
+def turn_grammar(
+    tools: Sequence[ToolSpec],
+    answer_schema: Mapping[str, Any] | None,
+    *,
+    max_calls: int = 2,
+    evidence: Sequence[str] | None = None,
+) -> Grammar:
     """One assistant turn: 1 to `max_calls` calls of the given tools, each with its own arguments' schema, or one answer.
 
     The answer matches `answer_schema`; without one it is any text that is not empty. Without tools it is the only choice.
+    `evidence` is what the model was shown: grounded values are closed to it (see `evidence.bound`); None leaves them open.
     Raises GrammarError for two tools of one name, and for a schema that cannot be enforced, naming the tool and the keyword.
     """
+    if evidence is not None:
+        tools, answer_schema = bound_tools(tools, evidence), _bound(answer_schema, evidence)
     if max_calls < 1:
         raise GrammarError("a turn needs room for a call", where="max_calls", value=max_calls, remedy="allow at least one")
     names = [tool.name for tool in tools]

@@ -13,7 +13,7 @@ import jsonschema_rs
 from posttrain.contract import CALL_OPEN, MalformedCall
 from posttrain.data.records import Message, StopReason, ToolSpec
 from posttrain.errors import ContractError, DataError, PosttrainError
-from posttrain.grammar import Grammar, json_grammar, turn_grammar
+from posttrain.grammar import Grammar, json_grammar, shown, turn_grammar
 from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
 
 
@@ -164,9 +164,10 @@ class ContractEngine:
 
 
 def _grammar(request: CompletionRequest) -> Grammar | None:
+    evidence = shown(request.messages)
     if request.tools:
-        return turn_grammar(request.tools, request.response_schema, max_calls=request.max_calls)
-    return None if request.response_schema is None else json_grammar(request.response_schema)
+        return turn_grammar(request.tools, request.response_schema, max_calls=request.max_calls, evidence=evidence)
+    return None if request.response_schema is None else json_grammar(request.response_schema, evidence)
 
 
 def _offered(message: Message, tools: Sequence[ToolSpec]) -> Message:
