@@ -60,6 +60,26 @@ def test_the_adapter_covers_every_linear_layer_but_the_head(policy: Policy) -> N
     assert policy.adapters == ("main",)
 
 
+@pytest.mark.parametrize("before", [[], ["other"]])
+def test_an_adapter_of_the_top_blocks_leaves_the_lower_ones_alone(policy: Policy, before: list[str], tmp_path: Path) -> None:
+    for name in before:
+        policy.add_adapter(name, LoraOptions(rank=2), seed=1)
+    policy.add_adapter("main", LoraOptions(rank=4, top=1), seed=1)
+    names = policy.adapter_parameters("main")
+    assert len(names) == 7 * 2 and all(".layers.2." in name for name in names)
+    randomise(policy, "main")
+    policy.save_adapter("main", tmp_path / "a", "base")
+    other = Policy(tiny_model())
+    other.load_adapter("main", tmp_path / "a")
+    torch.testing.assert_close(logprobs(other), logprobs(policy), atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize("top", [0, 4])
+def test_more_blocks_than_there_are_cannot_be_adapted(policy: Policy, top: int) -> None:
+    with pytest.raises(BaseModelError, match="number of blocks"):
+        policy.add_adapter("main", LoraOptions(rank=4, top=top), seed=1)
+
+
 def test_named_targets_limit_the_adapter(policy: Policy) -> None:
     policy.add_adapter("main", LoraOptions(rank=2, targets=("q_proj", "v_proj")), seed=1)
     assert len(policy.adapter_parameters("main")) == 3 * 2 * 2

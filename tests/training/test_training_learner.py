@@ -246,3 +246,15 @@ def test_a_learner_without_parameters_or_steps_is_a_mistake() -> None:
         Learner(Policy(tiny_model()), {}, STEADY, 5)
     with pytest.raises(AssertionError, match="no steps"):
         learner(steps=0)
+
+
+def test_lora_plus_moves_b_faster_and_a_as_before() -> None:
+    plain, plus = learner(), learner(OptimiserOptions(lr=1e-2, warmup=0.0, floor=1.0, lora_plus=4.0))
+    before = state(plain)
+    for it in (plain, plus):
+        it.forward_backward([Pack.of(SEQUENCES)], cross_entropy(TOTAL))
+        assert it.step()["lr"] == 1e-2
+    after, faster = state(plain), state(plus)
+    for name, start in before.items():
+        moved, more = after[name] - start, faster[name] - start
+        torch.testing.assert_close(more, moved * (4.0 if "lora_B" in name else 1.0), atol=1e-6, rtol=1e-4)

@@ -24,12 +24,16 @@ _TREE_UNSAFE = ("mamba", "rwkv", "recurrent", "conv", "ssm", "linear_attention")
 
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
-    """Hu 2021: W' = W + (alpha / r) B A. `targets` 'all-linear' adapts every linear layer but the output head."""
+    """Hu 2021: W' = W + (alpha / r) B A. `targets` 'all-linear' adapts every linear layer but the output head.
+
+    `top`: adapt only the last so many blocks; the backward pass ends below them. None: all blocks.
+    """
 
     rank: int = 16
     alpha: float = 32.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
+    top: int | None = None
 
 
 class Policy:
@@ -116,11 +120,10 @@ class Policy:
         """A fresh adapter: A Kaiming-uniform, B zero, so the policy starts equal to its base bit for bit."""
         from peft import LoraConfig, get_peft_model
 
-        targets = options.targets if isinstance(options.targets, str) else list(options.targets)
         config = LoraConfig(
             r=options.rank,
             lora_alpha=options.alpha,
-            target_modules=targets,
+            **self._targets(options),
             use_rslora=options.rslora,
             lora_dropout=0.0,
             bias="none",
@@ -137,6 +140,24 @@ class Policy:
         for parameter in self.adapter_parameters(name).values():
             parameter.requires_grad_(False)
         self.use(name)
+
+    def _targets(self, options: LoraOptions) -> dict[str, Any]:
+        """The adapted layers in PEFT's words."""
+        if options.top is None:
+            return {"target_modules": options.targets if isinstance(options.targets, str) else list(options.targets)}
+        blocks = int(self.config.get_text_config().num_hidden_layers)
+        if not 1 <= options.top <= blocks:
+            raise BaseModelError(
+                "no such number of blocks to adapt", where="adapter.top", value=options.top, remedy=f"from 1 to {blocks}, or none"
+            )
+        linear = [name for name, module in self.base.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]
+        inner = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".layers." in f".{name}"}
+        names = inner if options.targets == "all-linear" else options.targets
+        return {
+            "target_modules": [names] if isinstance(names, str) else sorted(names),
+            "layers_to_transform": list(range(blocks - options.top, blocks)),
+            "layers_pattern": "layers",
+        }
 
     def load_adapter(self, name: str, folder: Path, expected_parent: str | None = None) -> None:
         """Load a PEFT folder under `name`; refuse it when it was trained on other weights than these."""

@@ -45,6 +45,18 @@ class Scored:
 Objective = Callable[[Scored], tuple[Tensor, Mapping[str, Any]]]
 
 
+def _groups(parameters: Mapping[str, Tensor], lora_plus: float) -> list[dict[str, Any]]:
+    """One group as long as all parameters share a rate, else LoRA's B apart with a rate of its own."""
+    if lora_plus == 1.0:
+        return [{"params": list(parameters.values()), "scale": 1.0}]
+    ups = {name for name in parameters if "lora_B" in name}
+    split = [
+        {"params": [parameter for name, parameter in parameters.items() if (name in ups) == up], "scale": scale}
+        for up, scale in ((False, 1.0), (True, lora_plus))
+    ]
+    return [group for group in split if group["params"]]
+
+
 class Learner:
     """Trains one set of parameters of a policy: a named adapter, or (a student) given base parameters."""
 
@@ -62,7 +74,7 @@ class Learner:
             for name, p in self.parameters.items()
         }
         self._optimiser = torch.optim.AdamW(
-            list(self._masters.values()),
+            _groups(self._masters, options.lora_plus),
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             eps=options.eps,
@@ -111,7 +123,7 @@ class Learner:
         norm = float(nn.utils.clip_grad_norm_(masters, self.options.clip))
         rate = learning_rate(self.options, self.steps_done, self.total_steps)
         for group in self._optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["scale"]
         self._optimiser.step()
         self._optimiser.zero_grad(set_to_none=True)
         self._publish()

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 class OptimiserOptions:
     """AdamW (Loshchilov & Hutter 2019) with warm-up, cosine decay and global gradient-norm clipping.
 
-    lr is the peak rate; warmup and floor are shares of the total steps and of the peak rate.
+    lr is the peak rate; warmup and floor are shares of the total steps and of the peak rate. lora_plus multiplies the rate of LoRA's
+    B, which starts at zero and should move faster than A (LoRA+, Hayou 2024); 1 is plain LoRA.
     """
 
     lr: float = 1e-3
@@ -21,6 +22,7 @@ class OptimiserOptions:
     beta2: float = 0.99
     weight_decay: float = 0.0
     eps: float = 1e-8
+    lora_plus: float = 1.0
 
 
 def learning_rate(options: OptimiserOptions, step: int, total: int) -> float:
