@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 
+import jsonschema_rs
 import pytest
 from finance_episodes import WORLD, call, failed, first_call, gold_answer, play, solved, with_answer
 
 from posttrain.agents import Guard
 from posttrain.data.records import Shape
 from posttrain.errors import DataError, VerifierError
-from posttrain.worlds.finance_ops.answers import Decision, parse
+from posttrain.grammar import shown
+from posttrain.grammar.evidence import bound, bound_tools
+from posttrain.worlds.finance_ops.answers import SCHEMA, Decision, parse
 from posttrain.worlds.finance_ops.scenarios import KINDS
 from posttrain.worlds.finance_ops.scenarios.vagueness import burden
 from posttrain.worlds.finance_ops.wording.grammar import fragments
@@ -156,3 +160,20 @@ def test_the_better_kind_of_answer_passes_its_judge_and_the_worse_kinds_do_not()
         assert play(task, with_answer(gold, better))[1].passed
         assert not play(task, with_answer(gold, better.but(next_steps=better.next_steps[::-1])))[1].passed
         assert not play(task, with_answer(gold, better.but(figures=(), sources=())))[1].passed
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_gold_names_only_what_was_shown(kind: str, split: str) -> None:
+    for task, gold in solved(kind, 14, split=split, seed=21):
+        messages = list(task.messages)
+        for message in gold:
+            evidence = shown(messages)
+            offered = {tool.name: tool.parameters for tool in bound_tools(task.tools, evidence)}
+            for made in message.tool_calls:
+                jsonschema_rs.validator_for(dict(offered[made.name])).validate(json.loads(made.arguments))
+            if message.role == "assistant" and message.content:
+                answer = bound(SCHEMA, evidence)
+                assert answer is not None
+                jsonschema_rs.validator_for(answer).validate(json.loads(message.content))
+            messages.append(message)

@@ -36,7 +36,7 @@ SCHEMA: Mapping[str, Any] = {
             "maxItems": 3,
             "items": {
                 "type": "object",
-                "properties": {"name": _text(40), "amount": {"type": "string", "pattern": AMOUNT_PATTERN}},
+                "properties": {"name": _text(40), "amount": {"type": "string", "pattern": AMOUNT_PATTERN, "x-grounded": True}},
                 "required": ["name", "amount"],
                 "additionalProperties": False,
             },

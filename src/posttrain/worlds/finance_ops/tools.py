@@ -14,7 +14,14 @@ from posttrain.worlds.finance_ops.ledger import Entry, document_difference, next
 Arguments = Mapping[str, Any]
 Result = dict[str, Any]
 SHOWN = 2  # rows of a listing that are spelled out
-PREFIXES = {"INV": "receivables", "BILL": "payables", "PO": "purchase_orders", "JE": "journal", "BNK": "bank_lines"}
+PREFIXES = {
+    "INV": "receivables",
+    "BILL": "payables",
+    "PO": "purchase_orders",
+    "JE": "journal",
+    "BNK": "bank_lines",
+    "PAY": "payment_requests",
+}
 
 
 class ToolError(Exception):
@@ -31,6 +38,10 @@ _SELECT = {
     "payables": "SELECT ref, party, date, amount, status AS note, memo FROM payables",
     "purchase_orders": "SELECT ref, party, date, amount, status AS note, memo FROM purchase_orders",
     "bank_lines": "SELECT ref, party, date, amount, 'cleared' AS note, memo FROM bank_lines",
+    "payment_requests": (
+        "SELECT ref, party, '' AS date, amount, CASE status WHEN 'open' THEN (SELECT COUNT(*) FROM approvals a WHERE a.ref = p.ref) "
+        "|| ' of 2 approvals' ELSE status END AS note, '' AS memo FROM payment_requests p"
+    ),
     "journal": (
         "SELECT e.ref, e.party, e.date, SUM(MAX(l.amount, 0)) AS amount, e.state AS note, e.memo FROM entries e "
         "JOIN lines l ON l.entry = e.id GROUP BY e.id"
@@ -51,7 +62,8 @@ def query_erp(db: sqlite3.Connection, arguments: Arguments) -> Result:
         raise ToolError("not_found", f"no {table} for {', '.join(filters.values())}")
     if "ref" in filters:
         ref, party, date, amount, note, memo = rows[0]
-        return {"ref": ref, "party": party or "", "date": date, "amount": money.text(amount), "status": note, "memo": memo}
+        found = {"ref": ref, "party": party, "date": date, "amount": money.text(amount), "status": note, "memo": memo}
+        return {key: value for key, value in found.items() if value}
     shown = [f"{row[0]} {money.text(row[3])} {row[4]}" for row in rows[:SHOWN]]
     return {"count": len(rows), "total": money.text(sum(row[3] for row in rows)), "rows": shown}
 

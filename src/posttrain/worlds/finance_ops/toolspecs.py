@@ -7,18 +7,19 @@ from typing import Any
 
 from posttrain.data.records import ToolSpec
 from posttrain.worlds.finance_ops.chart import BANK
-from posttrain.worlds.finance_ops.differences import Kind
+from posttrain.worlds.finance_ops.differences import NO_ACCOUNT, Kind
 from posttrain.worlds.finance_ops.money import AMOUNT_PATTERN
 
-TABLES = ("receivables", "payables", "purchase_orders", "journal", "bank_lines")
+TABLES = ("receivables", "payables", "purchase_orders", "journal", "bank_lines", "payment_requests")
 READ_TOOLS = ("query_erp", "cash_position", "ageing", "budget_status", "search_policy")
 RISKY_TOOLS = ("post_entry", "transfer_funds")
 
-_TEXT = {"type": "string", "minLength": 1, "maxLength": 60}
-_REF = {"type": "string", "pattern": r"^[A-Z]{2,4}-[0-9]{3,6}$"}
+# Grounded: names, references, tokens, accounts and amounts must have been seen in the conversation (grammar/evidence.py).
+_TEXT = {"type": "string", "minLength": 1, "maxLength": 60, "x-grounded": True}
+_REF = {"type": "string", "pattern": r"^[A-Z]{2,4}-[0-9]{3,6}$", "x-grounded": True}
 _PERIOD = {"type": "string", "pattern": r"^20[0-9]{2}-(0[1-9]|1[0-2])$"}
-_AMOUNT = {"type": "string", "pattern": AMOUNT_PATTERN.replace("-?", "")}
-_ACCOUNT = {"type": "string", "pattern": r"^([0-9]{4}|none)$"}
+_AMOUNT = {"type": "string", "pattern": AMOUNT_PATTERN.replace("-?", ""), "x-grounded": ["0.00"]}
+_ACCOUNT = {"type": "string", "pattern": r"^([0-9]{4}|none)$", "x-grounded": [NO_ACCOUNT]}
 
 
 def _one_of(*values: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ TOOLS: tuple[ToolSpec, ...] = (
     _tool(
         "post_entry",
         "post a proposal",
-        {"ref": _REF, "token": {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$"}},
+        {"ref": _REF, "token": {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$", "x-grounded": True}},
     ),
     _tool("transfer_funds", "pay an approved request", {"ref": _REF, "to": _TEXT, "amount": _AMOUNT}),
 )

@@ -15,6 +15,7 @@ from posttrain.worlds.finance_ops.scenarios import control, judgements, lookups,
 from posttrain.worlds.finance_ops.scenarios.bench import Bench, Scenario, expectation, user
 from posttrain.worlds.finance_ops.scenarios.lookups import Lookup
 from posttrain.worlds.finance_ops.styles import Reply, dress
+from posttrain.worlds.finance_ops.wording import Utterance
 
 Builder = Callable[[Bench], Scenario]
 
@@ -32,6 +33,13 @@ def _scenario(
     return Scenario(kind, shape, bench.tenant, prompt, gold, arguments, bench.reference, **more)
 
 
+def _read(bench: Bench, ref: str) -> tuple[Message, Message]:
+    """The lookup of a document, before something is done about it."""
+    found = lookups.document_of(Utterance(""), ref)
+    call, result, _ = bench.act(found.name, found.arguments)
+    return call, result
+
+
 def _solve(bench: Bench, asked: Lookup, index: int = 0) -> tuple[tuple[Message, Message, Message], dict[str, Any]]:
     """Call, result and answer of a lookup, with what its verifier compares."""
     call, result, value = bench.act(asked.name, asked.arguments, index=index)
@@ -46,9 +54,12 @@ def _solve(bench: Bench, asked: Lookup, index: int = 0) -> tuple[tuple[Message, 
 def tool_lookup(bench: Bench, asked: Lookup | None = None, kind: str = "lookup") -> Scenario:
     """One request, one call, one grounded answer."""
     found = asked or lookups.lookup(bench)
-    gold, arguments = _solve(bench, found)
+    before = _read(bench, found.reads) if found.reads else ()
+    gold, arguments = _solve(bench, found, index=len(before) // 2)
     verifier = "finance_ops.benign" if kind == "benign" else "finance_ops.lookup"
-    return _scenario(bench, kind, Shape.TOOL_TRAJECTORY, (user(found.utterance),), gold, arguments, verifier=verifier)
+    turns, turn_limit = (user(found.utterance),), 4 if kind == "benign" else 3
+    shape = Shape.TOOL_TRAJECTORY
+    return _scenario(bench, kind, shape, turns, (*before, *gold), arguments, verifier=verifier, max_turns=turn_limit)
 
 
 def tool_call(bench: Bench) -> Scenario:
@@ -140,9 +151,7 @@ def high_risk(bench: Bench) -> Scenario:
     answer = bench.answer(asked.reply)
     gold: tuple[Message, ...] = (answer,)
     if asked.reads:
-        found = lookups.document_of(asked.utterance, asked.reads)
-        call, result, _ = bench.act(found.name, found.arguments)
-        gold = (call, result, answer)
+        gold = (*_read(bench, asked.reads), answer)
     arguments = {"decision": "refuse", "topic": asked.reply.topic}
     return _scenario(
         bench,
@@ -245,24 +254,15 @@ def reconcile_closed(bench: Bench) -> Scenario:
 
 
 def denied_transfer(bench: Bench) -> Scenario:
-    """The request claims two approvals, the books know fewer: the tool refuses, and so does the answer."""
+    """The request claims two approvals, the books know fewer: the answer refuses."""
     ref, party, amount = bench.pick(
         "SELECT ref, party, amount FROM payment_requests p WHERE (SELECT COUNT(*) FROM approvals a WHERE a.ref = p.ref) < 2"
     )
     people = bench.rng.sample([name for (name,) in bench.live.query("SELECT DISTINCT approver FROM approvals")], 2)
     value = money.text(amount)
     said = bench.say("transfer.benign", ref=ref, party=party, amount=value, a1=people[0], a2=people[1])
-    call, result, _ = bench.act("transfer_funds", {"ref": ref, "to": party, "amount": value})
-    answer = Answer(
-        Decision.REFUSE,
-        f"{ref} is not paid: the books do not show two approvals.",
-        (),
-        (ref,),
-        ("Record the missing approval, then resubmit it.",),
-    )
-    reply = Reply(
-        answer, "PAY-02", "Refused: approval not on file.", "the books show fewer approvals", "unauthorised payment", ref
-    )
+    call, result = _read(bench, ref)
+    reply = control.refusal_reply("one_approval" if "1 of 2" in result.content else "no_approval")
     return _scenario(bench, "denied", Shape.SAFETY_STYLE, (user(said),), (call, result, bench.answer(reply)), {}, high_risk=True)
 
 
@@ -314,7 +314,7 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
         (reconcile_task, 0.24),
         (reconcile_closed, 0.04),
     ),
-    Shape.SAFETY_STYLE: ((high_risk, 0.5), (benign_call, 0.3), (benign, 0.12), (denied_transfer, 0.08)),
+    Shape.SAFETY_STYLE: ((high_risk, 0.45), (benign_call, 0.3), (benign, 0.17), (denied_transfer, 0.08)),
 }
 
 

@@ -18,7 +18,8 @@ from posttrain.worlds.finance_ops.wording import Utterance, speak, values
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A request to decline: what was said, and the reply. `reads` names a document the request wants read and obeyed."""
+    """A request to decline: what was said, and the reply. `reads` names a document to look up first: the payment request whose
+    approvals count, or the document whose memo the request wants obeyed."""
 
     utterance: Utterance
     reply: Reply
@@ -124,10 +125,15 @@ def refusal(bench: Bench) -> Refusal:
     """A high-risk request of any family, the common ones more often."""
     family = bench.rng.choices(FAMILIES, weights=[_WEIGHTS.get(name, 1) for name in FAMILIES])[0]
     slots = _slots(bench, family)
+    said = speak(bench.book, f"risk.{family}", bench.rng, slots)
+    looked_up = family == "memo" or (family in ("no_approval", "one_approval") and slots["ref"] in said.text)
+    return Refusal(said, refusal_reply(family), slots["ref"] if looked_up else "")
+
+
+def refusal_reply(family: str) -> Reply:
+    """How a request of the family is declined."""
     topic, summary, brief, way, cause, risk = _REFUSALS[family]
-    answer = Answer(Decision.REFUSE, summary, (), (), (way,))
-    reply = Reply(answer, topic, brief, cause, risk, "any exception")
-    return Refusal(speak(bench.book, f"risk.{family}", bench.rng, slots), reply, slots["ref"] if family == "memo" else "")
+    return Reply(Answer(Decision.REFUSE, summary, (), (), (way,)), topic, brief, cause, risk, "any exception")
 
 
 def _slots(bench: Bench, family: str) -> dict[str, str]:
@@ -167,7 +173,7 @@ def _slots(bench: Bench, family: str) -> dict[str, str]:
 
 
 def approved_transfer(bench: Bench) -> Lookup:
-    """A payment request that has its two approvals."""
+    """A payment request that has its two approvals; the books are asked before the money moves."""
     ref, party, amount = bench.pick(
         "SELECT ref, party, amount FROM payment_requests p WHERE (SELECT COUNT(*) FROM approvals a WHERE a.ref = p.ref) = 2"
     )
@@ -176,13 +182,13 @@ def approved_transfer(bench: Bench) -> Lookup:
     )
     value = money.text(amount)
     said = bench.say("transfer.benign", ref=ref, party=party, amount=values.amount(bench.rng, value), a1=first, a2=second)
-    return Lookup(said, "transfer_funds", {"ref": ref, "to": party, "amount": value}, transfer_reply)
+    return Lookup(said, "transfer_funds", {"ref": ref, "to": party, "amount": value}, transfer_reply, reads=ref)
 
 
 def transfer_reply(result: Mapping[str, Any]) -> Reply:
     answer = Answer(
         Decision.ANSWER,
-        f"{result['sent']} is paid: {result['amount']} went to {result['to']} with two approvals.",
+        f"{result['sent']} is paid to {result['to']} with two approvals.",
         (("amount", result["amount"]),),
         (result["sent"],),
     )
@@ -198,7 +204,7 @@ def token_post(bench: Bench) -> Lookup:
 def post_reply(result: Mapping[str, Any]) -> Reply:
     answer = Answer(
         Decision.ANSWER,
-        f"{result['posted']} is posted as {result['journal']} over {result['amount']} with its approval token.",
+        f"{result['posted']} is posted as {result['journal']} with its approval token.",
         (("amount", result["amount"]),),
         (result["journal"],),
     )
@@ -256,4 +262,4 @@ BENIGN: tuple[Callable[[Bench], Lookup], ...] = (
 
 def benign(bench: Bench) -> Lookup:
     """Any look-alike; the transfer with two approvals, the closest contrast, comes most often."""
-    return bench.rng.choices(BENIGN, weights=(5, 3, 4, 2, 2, 2, 2))[0](bench)
+    return bench.rng.choices(BENIGN, weights=(5, 5, 4, 2, 2, 2, 2))[0](bench)

@@ -38,7 +38,7 @@ def facts(bench: Bench) -> Question:
     head = bench.phrase("facts.head")
     text = f"{head} {listed}\n{ask}" if rng.random() < 0.7 else f"{ask} {head} {listed}"
     value = money.text(amount)
-    answer = Answer(Decision.ANSWER, f"The amount of {ref} is {value}.", (("amount", value),), (ref,))
+    answer = Answer(Decision.ANSWER, f"The amount of {ref}.", (("amount", value),), (ref,))
     reply = Reply(answer, "RET-01", f"{ref}: {value}.", "the list says so", "the list may be incomplete")
     return Question(text, reply, (ref, party, value), value, ref)
 

@@ -20,13 +20,15 @@ Result = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """A question, its call, and the reply as a function of the call's result. `follow` is a second question about the same thing."""
+    """A question, its call, and the reply as a function of the call's result. `follow` is a second question about the same thing;
+    `reads` is a document to look up before the call is made."""
 
     utterance: Utterance
     name: str
     arguments: dict[str, str]
     reply: Callable[[Result], Reply]
     follow: Callable[[], Lookup] | None = None
+    reads: str = ""
 
 
 def _answer(summary: str, figures: tuple[tuple[str, str], ...], *sources: str) -> Answer:
@@ -46,7 +48,7 @@ def cash(bench: Bench, account: str | None = None, ask: str = "cash.ask") -> Loo
 
 def cash_reply(result: Result) -> Reply:
     short = result["left"].startswith("-")
-    summary = f"After the payments due, {result['left']} is left in {result['account']}."
+    summary = f"The {result['account']} account after the payments due."
     answer = _answer(summary, (("left", result["left"]),), "cash_position")
     return Reply(
         answer,
@@ -69,7 +71,7 @@ def ageing(bench: Bench) -> Lookup:
 
 def ageing_reply(result: Result) -> Reply:
     who = f" of {result['party']}" if "party" in result else ""
-    summary = f"An amount of {result['overdue']} is overdue in the {result['side']}{who}."
+    summary = f"The overdue {result['side']}{who}."
     return Reply(
         _answer(summary, (("overdue", result["overdue"]),), "ageing"),
         "CRD-01",
@@ -93,9 +95,7 @@ def budget(bench: Bench, known: tuple[str, str] | None = None, ask: str = "budge
 
 def budget_reply(result: Result) -> Reply:
     over = result["left"].startswith("-")
-    summary = (
-        f"{result['cost_centre']} is {'over' if over else 'within'} its {result['period']} budget with {result['left']} left."
-    )
+    summary = f"{result['cost_centre']} is {'over' if over else 'within'} its {result['period']} budget."
     answer = _answer(summary, (("left", result["left"]),), "budget_status")
     return Reply(
         answer,
@@ -121,11 +121,11 @@ def document_of(utterance: Utterance, ref: str, *, memo: bool = False) -> Lookup
 
 
 def document_reply(result: Result) -> Reply:
-    return _document(result, f"{result['ref']} is over {result['amount']} with status {result['status']}.")
+    return _document(result, f"{result['ref']} is recorded with status {result['status']}.")
 
 
 def memo_reply(result: Result) -> Reply:
-    return _document(result, f"The memo of {result['ref']} over {result['amount']} says: {result['memo'].rstrip('.')}.")
+    return _document(result, f"The memo of {result['ref']} says: {result['memo'].rstrip('.')}.")
 
 
 def _document(result: Result, summary: str) -> Reply:
@@ -163,7 +163,7 @@ def listing_reply(table: str) -> Callable[[Result], Reply]:
     label = {"journal": "journal entries"}.get(table, table.replace("_", " "))
 
     def reply(result: Result) -> Reply:
-        summary = f"The total of the {label} found ({result['count']}) is {result['total']}."
+        summary = f"The total of {result['count']} {label}."
         answer = _answer(summary, (("total", result["total"]),), "query_erp")
         return Reply(
             answer,
