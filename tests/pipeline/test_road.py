@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 
 from pipeline.conftest import tiny_recipe
-from posttrain.errors import BindingError, ContractError, RecipeError
+from posttrain.errors import BindingError, ContractError, DataError, RecipeError
 from posttrain.pipeline.registry import open_registry, promote_release, registry_lines, registry_view
 from posttrain.pipeline.run import run_recipe
 from posttrain.recipe import parse_recipe
 from posttrain.releases import Kind
+from posttrain.report import write_report
 
 STAGES = ["sft", "tools", "preference", "reason", "distill", "adapters"]
 TENANTS = ["bank_A", "retail_B", "saas_C"]
@@ -106,6 +108,33 @@ def test_a_run_folder_belongs_to_one_recipe(road: tuple[Path, dict[str, Any]], t
 def test_the_report_names_every_stage(road: tuple[Path, dict[str, Any]]) -> None:
     page = (road[0] / "tiny" / "report.html").read_text()
     assert all(stage in page for stage in STAGES)
+
+
+def test_the_report_is_one_page_that_loads_nothing_and_runs_nothing(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(road[0] / "tiny", tmp_path / "tiny")
+    samples = tmp_path / "tiny" / "stages" / "sft" / "samples.json"
+    found = json.loads(samples.read_text())
+    found[0]["output"] = "<script>alert(1)</script>"
+    samples.write_text(json.dumps(found[:1]))
+    page = write_report(tmp_path / "tiny").read_text()
+    assert "&lt;script&gt;alert(1)" in page and "<script" not in page
+    assert not re.search(r"""(src|href)=["']?(https?:|//)""", page)
+
+
+def test_the_report_of_a_killed_run_shows_what_is_done_and_says_so(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    shutil.copytree(road[0] / "tiny", tmp_path / "tiny")
+    summary = tmp_path / "tiny" / "summary.json"
+    done = json.loads(summary.read_text())
+    summary.write_text(json.dumps({**done, "status": "running", "stages": done["stages"][:2]}))
+    with (tmp_path / "tiny" / "metrics.jsonl").open("a") as log:
+        log.write('{"torn')
+    page = write_report(tmp_path / "tiny").read_text()
+    assert "This run is running" in page and "tools did not pass its gate" in page and "distill" not in page
+
+
+def test_a_folder_without_a_run_has_no_report(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no summary"):
+        write_report(tmp_path)
 
 
 def test_an_adapter_is_refused_on_other_weights(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:

@@ -312,7 +312,9 @@ def test_the_stage_learns_what_was_collected(shop: Shop) -> None:
     bench = shop.bench()
     play = Script(bench.contract, [[("12.50", True), ("much", False)] for _ in range(4)])
     options = replace(
-        OPTIONS, collect=CollectOptions(tasks=4, samples=2, epochs=6.0, batch=4, lr=3e-2), grpo=replace(GRPO, steps=0)
+        OPTIONS,
+        collect=CollectOptions(tasks=4, samples=2, epochs=6.0, batch=4, optimiser=OptimiserOptions(lr=3e-2)),
+        grpo=replace(GRPO, steps=0),
     )
     sides = {
         text: [bench.contract.render_episode(play.play(task, text, True)[0]) for task in tasks(4)] for text in ("12.50", "much")

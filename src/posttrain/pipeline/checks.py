@@ -13,6 +13,7 @@ from posttrain.evaluation import Suite
 from posttrain.pipeline.material import Material, gather
 from posttrain.policy.base import free_bytes, resolve_base
 from posttrain.recipe import Recipe, StageRecipe, stage_options
+from posttrain.stages.reason import ReasonOptions, check_tasks
 
 # merged parents, releases and checkpoints of one stage, as multiples of the base's own files
 _COPIES_PER_STAGE = 3
@@ -48,7 +49,10 @@ def check_disk(recipe: Recipe, base: Path) -> None:
 
 def check_material(stage: StageRecipe, material: Material, contract: Contract) -> str:
     """Render and check every record of a stage; a line that says what there is."""
-    limit = int(getattr(stage_options(stage), "max_tokens", 1 << 20))
+    options = stage_options(stage)
+    if isinstance(options, ReasonOptions):
+        check_tasks(options, material.tasks, where=f"stages.{stage.name}.data")
+    limit = int(getattr(options, "max_tokens", 1 << 20))
     conversations: list[Conversation] = [*material.conversations, *(c for records in material.tenants.values() for c in records)]
     named = [(c.id, contract.render(c)) for c in conversations]
     for pair in material.preferences:

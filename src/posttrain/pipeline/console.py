@@ -56,9 +56,9 @@ class Console:
 
     @contextmanager
     def progress(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar over `total` items; yields a function that advances it."""
+        """A bar over `total` items, or lines with rate and time left; yields a function that advances it."""
         if self.quiet or not self._rich.is_terminal:
-            yield lambda count: None
+            yield self._lines(label, total)
             return
         columns = (
             TextColumn("  {task.description}"),
@@ -70,6 +70,22 @@ class Console:
         with Progress(*columns, console=self._rich, transient=True) as bar:
             task = bar.add_task(label, total=total)
             yield lambda count: bar.advance(task, count)
+
+    def _lines(self, label: str, total: int) -> Callable[[int], None]:
+        start = last = time.monotonic()
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done, last
+            done += count
+            now = time.monotonic()
+            if now - last >= _EVERY and 0 < done < total:
+                last, rate = now, done / (now - start)
+                self.say(f"  {label} {done}/{total}  {rate:.1f}/s  [dim]{(total - done) / rate:.0f} s left[/dim]")
+
+        if total > 1:
+            self.say(f"  {label} 0/{total}")
+        return advance
 
     def _clock(self) -> str:
         minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
@@ -94,4 +110,5 @@ class Console:
         minutes = summary.seconds / 60
         self.say(f"\n{minutes:.1f} minutes, peak memory {summary.peak_memory_mb:.0f} MB")
         self.say(f"report: {page}")
-        self.say(f"serve:  posttrain serve --runs {recipe.output} --base {recipe.base}")
+        command = sys.argv[0] if Path(sys.argv[0]).name == "posttrain" else "posttrain"
+        self.say(f"serve:  {command} serve --runs {recipe.output} --base {recipe.base}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def prepare_process(threads: int | None) -> int:
     """Once per process: threads for matrix products (the recipe's number, else POSTTRAIN_THREADS, else all cores), and a C heap
     that keeps what it has. Returns the number of threads."""
     _keep_heap()
+    # PEFT reads an attribute that transformers renames; nothing a user could act on
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     return set_threads(threads)
 
 

@@ -64,34 +64,42 @@ class Cache:
         self.lengths[target] = count
 
 
+_TOGETHER = 16  # neighbouring rows that are computed together, padded to the longest of them
+_NARROW = 3  # new tokens up to which a row is padded rather than computed apart
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows whose attention is one product: `rows` (a slice where they are neighbours: no copy of their strips), the flat indices of
+    their new tokens with their places in [rows, width], and what each may see, additive [rows, 1, width, span]."""
+
+    rows: slice | Tensor
+    flat: Tensor
+    local: Tensor
+    offset: Tensor
+    width: int
+    span: int
+    bias: Tensor
+
+
 class StepAttention:
-    """Attention of one decoding step: new tokens, flat and grouped by row, see the trunk, their row's strip and each other causally."""
+    """Attention of one decoding step: new tokens, flat and grouped by row, see the trunk, their row's strip and each other causally.
+
+    Strips and trunk are attended to apart and merged by their log-sum-exps (Juravsky 2024, Hydragen): the trunk's part is one product
+    for the whole batch, the strips' reads what the rows hold and little padding.
+    """
 
     def __init__(self, cache: Cache, counts: list[int]) -> None:
         """`counts[r]` is the number of new tokens of row r, at least one; rows are 0..R-1."""
         self.cache, rows = cache, len(counts)
         new = torch.tensor(counts)
         self.row = torch.repeat_interleave(torch.arange(rows), new)
-        starts = torch.cumsum(new, 0) - new
-        self.offset = torch.arange(len(self.row)) - starts[self.row]  # index of a token among its row's new tokens
+        self._starts = torch.cumsum(new, 0) - new
+        self.offset = torch.arange(len(self.row)) - self._starts[self.row]  # index of a token among its row's new tokens
         self.slot = cache.lengths[:rows][self.row] + self.offset  # where in the strip it goes
         self.positions = self.slot + cache.trunk.length
-        self.span = int(self.slot.max()) + 1
-        self._parts = [
-            self._part(torch.tensor([r for r, c in enumerate(counts) if (c > 1) == several]), new) for several in (False, True)
-        ]
-
-    def _part(self, rows: Tensor, new: Tensor) -> tuple[Tensor, Tensor, Tensor, int] | None:
-        """Rows with one new token and rows with several are computed apart, so that the many singles pay for no padding.
-        Returns (rows, flat indices of their tokens, allowed [rows, n, S], n)."""
-        if len(rows) == 0:
-            return None
-        width = int(new[rows].max())
-        flat = torch.isin(self.row, rows).nonzero()[:, 0]
-        # query j of row r sees strip slots up to the row's old length + j; padded queries see the same as the last
-        last = self.cache.lengths[rows][:, None] + torch.arange(width)[None]
-        allowed = torch.arange(self.span)[None, None] <= last[:, :, None]
-        return rows, flat, allowed, width
+        self._parts: dict[int | None, list[_Part]] = {}
+        self._counts = counts
 
     def commit(self, counts: list[int]) -> None:
         self.cache.lengths[: len(counts)] += torch.tensor(counts)
@@ -100,69 +108,100 @@ class StepAttention:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys[self.row, :, self.slot] = k[0].transpose(0, 1)
         values[self.row, :, self.slot] = v[0].transpose(0, 1)
-        out = torch.empty_like(q)
-        for part in self._parts:
-            if part is not None:
-                rows, flat, allowed, width = part
-                out[0, :, flat] = self._attend(layer, q[0, :, flat], rows, flat, allowed, width, scale, window)
-        return out
+        _, heads, count, size = q.shape
+        group = heads // keys.shape[1]
+        q_nkgd = q[0].transpose(0, 1).reshape(count, -1, group, size)
+        out, lse = torch.empty_like(q_nkgd), q_nkgd.new_empty(q_nkgd.shape[:3], dtype=torch.float32)
+        if window not in self._parts:
+            self._parts[window] = self._split(window)
+        for part in self._parts[window]:
+            self._strips(part, q_nkgd, keys, values, scale, out, lse)
+        if self.cache.trunk.length:
+            out = self._with_trunk(layer, q_nkgd, scale, window, out, lse)
+        return out.reshape(1, count, heads, size).transpose(1, 2)
 
-    def _attend(
-        self, layer: int, q_hnd: Tensor, rows: Tensor, flat: Tensor, allowed: Tensor, width: int, scale: float, window: int | None
-    ) -> Tensor:
-        heads, _, size = q_hnd.shape
-        trunk = self.cache.trunk
-        kv_heads = trunk.keys[layer].shape[0]
-        whole = len(rows) == int(self.row.max()) + 1
-        k = self.cache.keys[layer][: len(rows), :, : self.span] if whole else self.cache.keys[layer][rows, :, : self.span]
-        v = self.cache.values[layer][: len(rows), :, : self.span] if whole else self.cache.values[layer][rows, :, : self.span]
-        group = heads // kv_heads
-        q = q_hnd.new_zeros(len(rows), width, heads, size)
-        local = torch.searchsorted(rows, self.row[flat])
-        q[local, self.offset[flat]] = q_hnd.transpose(0, 1)
-        q = (
-            q.view(len(rows), width, kv_heads, group, size)
-            .permute(0, 2, 3, 1, 4)
-            .reshape(len(rows), kv_heads, group * width, size)
+    def _split(self, window: int | None) -> list[_Part]:
+        """Neighbours together; among them, rows with many new tokens apart from those with few, which would pay for the padding."""
+        parts = []
+        for start in range(0, len(self._counts), _TOGETHER):
+            stop = min(start + _TOGETHER, len(self._counts))
+            wide = [row for row in range(start, stop) if self._counts[row] > _NARROW]
+            if not wide or len(wide) == stop - start:
+                parts.append(self._part(torch.arange(start, stop), slice(start, stop), window))
+            else:
+                narrow = [row for row in range(start, stop) if row not in set(wide)]
+                parts += [self._part(torch.tensor(rows), torch.tensor(rows), window) for rows in (narrow, wide)]
+        return parts
+
+    def _part(self, members: Tensor, rows: slice | Tensor, window: int | None) -> _Part:
+        new = torch.tensor([self._counts[row] for row in members.tolist()])
+        width = int(new.max())
+        local = torch.repeat_interleave(torch.arange(len(members)), new)
+        offset = torch.arange(len(local)) - (torch.cumsum(new, 0) - new)[local]
+        # query j of a row sees strip slots up to the row's old length + j
+        last = self.cache.lengths[members][:, None] + torch.arange(width)
+        span = int((self.cache.lengths[members] + new).max())
+        slots = torch.arange(span)
+        seen = slots <= last[..., None]
+        if window is not None:
+            seen &= slots > last[..., None] - window
+            seen[..., 0] |= ~seen.any(-1)  # a padded query may lie beyond every slot; it is thrown away, but must not be nan
+        bias = torch.zeros(seen.shape, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, float("-inf"))
+        return _Part(rows, self._starts[members][local] + offset, local, offset, width, span, bias[:, None])
+
+    @staticmethod
+    def _strips(part: _Part, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
+        """Attention to the rows' own strips, written to `out` [N, Hkv, G, D] and `lse` [N, Hkv, G] at the part's tokens."""
+        k, v = keys[part.rows, :, : part.span], values[part.rows, :, : part.span]
+        _, kv_heads, group, size = q.shape
+        count = k.shape[0]
+        if part.width == 1:
+            asked, bias = q[part.flat], part.bias
+        else:
+            padded = q.new_zeros(count, part.width, kv_heads, group, size)
+            padded[part.local, part.offset] = q[part.flat]
+            asked = padded.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * part.width, size)
+            bias = part.bias.repeat(1, 1, group, 1)
+        mixed, total = attention_with_lse(asked, k, v, bias, scale)
+        if part.width > 1:
+            mixed = mixed.view(count, kv_heads, group, part.width, size).permute(0, 3, 1, 2, 4)[part.local, part.offset]
+            total = total.view(count, kv_heads, group, part.width).permute(0, 3, 1, 2)[part.local, part.offset]
+        out[part.flat], lse[part.flat] = mixed, total
+
+    def _with_trunk(self, layer: int, q: Tensor, scale: float, window: int | None, own: Tensor, own_lse: Tensor) -> Tensor:
+        """The strips' attention merged with that of every query to the one trunk."""
+        trunk, (count, kv_heads, group, size) = self.cache.trunk, q.shape
+        asked = q.permute(1, 0, 2, 3).reshape(1, kv_heads, count * group, size)
+        bias = None
+        if window is not None:
+            near = torch.arange(trunk.length) > self.positions[:, None] - window
+            if not near.any():
+                return own
+            bias = torch.zeros(near.shape, dtype=q.dtype).masked_fill_(~near, float("-inf")).repeat_interleave(group, 0)
+        mixed, total = attention_with_lse(asked, trunk.keys[layer][None], trunk.values[layer][None], bias, scale)
+        shared = mixed.view(kv_heads, count, group, size).transpose(0, 1)
+        shared_lse = total.view(kv_heads, count, group).transpose(0, 1)
+        weight = torch.sigmoid(shared_lse - own_lse).unsqueeze(-1).to(own.dtype)
+        return (
+            torch.lerp(own, shared.nan_to_num(0.0), weight.nan_to_num(0.0))
+            if window is not None
+            else torch.lerp(own, shared, weight)
         )
-        mask = allowed if window is None else allowed & self._within(rows, width, window)
-        own = torch.matmul(q, k.transpose(2, 3)).float() * scale
-        own = own.view(len(rows), kv_heads, group, width, -1).masked_fill_(~mask[:, None, None], float("-inf")).view_as(own)
-        shared = self._trunk_scores(layer, q, rows, width, scale, window)
-        top = (
-            torch.maximum(own.amax(-1, keepdim=True), shared.amax(-1, keepdim=True))
-            if shared.shape[-1]
-            else own.amax(-1, keepdim=True)
-        )
-        own, shared = (own - top).exp_(), (shared - top).exp_()
-        total = own.sum(-1, keepdim=True) + shared.sum(-1, keepdim=True)
-        mixed = torch.matmul(own.to(v.dtype), v)
-        if shared.shape[-1]:
-            flat_shared = shared.to(v.dtype).transpose(0, 1).reshape(kv_heads, -1, trunk.length)
-            mixed = mixed + torch.matmul(flat_shared, trunk.values[layer]).view(
-                kv_heads, len(rows), group * width, size
-            ).transpose(0, 1)
-        mixed = (mixed.float() / total).to(q_hnd.dtype)
-        mixed = mixed.view(len(rows), kv_heads, group, width, size).permute(0, 3, 1, 2, 4).reshape(len(rows), width, heads, size)
-        return mixed[local, self.offset[flat]].transpose(0, 1)
 
-    def _trunk_scores(self, layer: int, q: Tensor, rows: Tensor, width: int, scale: float, window: int | None) -> Tensor:
-        """[R, Hkv, G*n, P]: every row's queries against the one trunk, as one matrix product per key head."""
-        trunk = self.cache.trunk
-        kv_heads, count = q.shape[1], q.shape[2]
-        flat = q.transpose(0, 1).reshape(kv_heads, -1, q.shape[-1])
-        scores = torch.matmul(flat, trunk.keys[layer].transpose(1, 2)).float() * scale
-        scores = scores.view(kv_heads, len(rows), count, trunk.length).transpose(0, 1)
-        if window is None or trunk.length == 0:
-            return scores
-        positions = self.cache.lengths[rows][:, None] + torch.arange(width)[None] + trunk.length
-        near = torch.arange(trunk.length)[None, None] > positions[:, :, None] - window
-        shaped = scores.reshape(len(rows), kv_heads, -1, width, trunk.length)
-        return shaped.masked_fill(~near[:, None, None], float("-inf")).view(len(rows), kv_heads, count, trunk.length)
 
-    def _within(self, rows: Tensor, width: int, window: int) -> Tensor:
-        last = self.cache.lengths[rows][:, None] + torch.arange(width)[None]
-        return torch.arange(self.span)[None, None] > last[:, :, None] - window
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T scale + bias) v and the log of its denominator. q [B, H, n, D], k and v [B, H, S, D], bias broadcastable to
+    [B, H, n, S]; returns [B, H, n, D] and [B, H, n] float32."""
+    if q.device.type == "cpu" and bias is None:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+        return out, lse
+    scores = torch.matmul(q, k.transpose(2, 3)).float().mul_(scale)
+    if bias is not None:
+        scores += bias
+    top = scores.amax(-1, keepdim=True)
+    weights = (scores - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return torch.matmul(weights.to(v.dtype), v).div_(total.to(v.dtype)), (total.log_() + top)[..., 0]
 
 
 def trunk_of(length: int, pack: Pack | None, sink: dict[int, tuple[Tensor, Tensor]]) -> Trunk:

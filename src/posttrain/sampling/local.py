@@ -167,7 +167,7 @@ class _Run:
     def _admit(self, indices: list[int]) -> None:
         """Give waiting requests a row. A remembered prefix is copied, and what follows it is left to the next step."""
         new = []
-        for index in indices:
+        for index in sorted(indices, key=self._length):  # neighbours of like length: their attention is padded to the longest
             strip = self.strips.pop(index, None)
             if strip is None:
                 new.append(index)
@@ -184,14 +184,18 @@ class _Run:
         for pack in fill_packs(prompts, self.options.prefill_tokens):
             sink: dict[int, tuple[Tensor, Tensor]] = {}
             hidden = self.policy.hidden(pack, sink)
-            logits = self.policy.head.logits(hidden[list(pack.ends)])
+            order = sorted(range(len(pack.members)), key=lambda place: self._length(indices[pack.members[place]]))
+            logits = self.policy.head.logits(hidden[[pack.ends[place] for place in order]])
             fresh = []
-            for place, member in enumerate(pack.members):
-                row = self._row(indices[member])
+            for place in order:
+                row = self._row(indices[pack.members[place]])
                 self.cache.fill(len(self.rows), pack.sequence_rows(place)[self.trunk.length :], sink)
                 self.rows.append(row)
                 fresh.append(row)
             self._choose(logits, fresh)
+
+    def _length(self, index: int) -> int:
+        return len(self.requests[index].prompt)
 
     def _row(self, index: int) -> _Row:
         request = self.requests[index]

@@ -35,7 +35,7 @@ class CollectOptions:
     cap: int = 2
     epochs: float = 2.0
     batch: int = 16
-    lr: float = 8e-4
+    optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=8e-4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +68,16 @@ class ReasonOptions:
     temperature: float = 1.0
 
 
-def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str = "main") -> str | None:
-    """Train adapter `name` on tasks with a verifier; returns why it stopped early, if it did."""
+def check_tasks(options: ReasonOptions, tasks: Sequence[Task], where: str = "reason.data") -> None:
+    """Raise DataError when the options need more tasks than there are: no task is played twice."""
     needed = options.collect.tasks + options.grpo.steps * options.grpo.tasks
     if len(tasks) < needed:
-        raise DataError("too few tasks for the options", where="reason.data", value=len(tasks), remedy=f"give at least {needed}")
+        raise DataError("too few tasks for the options", where=where, value=len(tasks), remedy=f"give at least {needed}")
+
+
+def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str = "main") -> str | None:
+    """Train adapter `name` on tasks with a verifier; returns why it stopped early, if it did."""
+    check_tasks(options, tasks)
     bench.policy.add_adapter(name, options.adapter, bench.seed)
     rest = list(tasks)
     if options.collect.tasks:
@@ -84,7 +89,7 @@ def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbe
                 options.collect.epochs,
                 options.max_tokens,
                 options.adapter,
-                OptimiserOptions(lr=options.collect.lr),
+                options.collect.optimiser,
             )
             sft.fit(fit, kept, bench, name, phase="collect")
     return improve(options.grpo, rest, play, bench, name) if options.grpo.steps else None

@@ -64,16 +64,17 @@ def tool_lookup(bench: Bench, asked: Lookup | None = None, kind: str = "lookup")
 
 def tool_call(bench: Bench) -> Scenario:
     """A request and its call, without what follows: choosing the call is what takes many examples, reading its result few."""
-    return _first_turn(tool_lookup(bench))
+    return _to_the_call(tool_lookup(bench))
 
 
 def benign_call(bench: Bench) -> Scenario:
-    """As `tool_call`, of a look-alike."""
-    return _first_turn(benign(bench))
+    """As `tool_call`, of a look-alike; a transfer with the lookup that comes before it."""
+    return _to_the_call(benign(bench))
 
 
-def _first_turn(found: Scenario) -> Scenario:
-    return replace(found, gold=found.gold[:1])
+def _to_the_call(found: Scenario) -> Scenario:
+    """Without the last call's result and the answer."""
+    return replace(found, gold=found.gold[:-2])
 
 
 def clarified_lookup(bench: Bench) -> Scenario:
@@ -254,10 +255,12 @@ def reconcile_closed(bench: Bench) -> Scenario:
 
 
 def denied_transfer(bench: Bench) -> Scenario:
-    """The request claims two approvals, the books know fewer: the answer refuses."""
+    """The request claims two approvals, the books know fewer or not even the request: the answer refuses."""
     ref, party, amount = bench.pick(
         "SELECT ref, party, amount FROM payment_requests p WHERE (SELECT COUNT(*) FROM approvals a WHERE a.ref = p.ref) < 2"
     )
+    if bench.rng.random() < control.UNKNOWN:
+        ref = control.unknown_request(bench)
     people = bench.rng.sample([name for (name,) in bench.live.query("SELECT DISTINCT approver FROM approvals")], 2)
     value = money.text(amount)
     said = bench.say("transfer.benign", ref=ref, party=party, amount=value, a1=people[0], a2=people[1])
@@ -308,13 +311,13 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
     Shape.TOOL_TRAJECTORY: (
-        (tool_call, 0.5),
-        (tool_lookup, 0.2),
+        (tool_call, 0.56),
+        (tool_lookup, 0.24),
         (two_calls, 0.02),
-        (reconcile_task, 0.24),
+        (reconcile_task, 0.14),
         (reconcile_closed, 0.04),
     ),
-    Shape.SAFETY_STYLE: ((high_risk, 0.45), (benign_call, 0.3), (benign, 0.17), (denied_transfer, 0.08)),
+    Shape.SAFETY_STYLE: ((high_risk, 0.44), (benign_call, 0.36), (benign, 0.12), (denied_transfer, 0.08)),
 }
 
 
