@@ -132,6 +132,15 @@ def test_the_report_of_a_killed_run_shows_what_is_done_and_says_so(road: tuple[P
     assert "This run is running" in page and "tools did not pass its gate" in page and "distill" not in page
 
 
+def test_too_few_tasks_are_found_before_anything_is_trained(tiny_base: Path, tmp_path: Path) -> None:
+    raw = tiny_recipe(tiny_base, tmp_path)
+    raw["stages"][3]["data"]["n"] = 3
+    with pytest.raises(DataError, match=r"too few tasks.*at least 4") as caught:
+        run_recipe(parse_recipe(raw), quiet=True)
+    assert caught.value.where == "stages.reason.data"
+    assert not list(tmp_path.rglob("scorecard.json"))
+
+
 def test_a_folder_without_a_run_has_no_report(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no summary"):
         write_report(tmp_path)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.agents import World, load_world
+from posttrain.contract import Contract
 from posttrain.evaluation import RunSummary, Scorecard, Suite, Verdict, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
-from posttrain.pipeline.checks import check_disk
+from posttrain.pipeline.checks import check_disk, check_material
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.folder import Clock, RunFolder, peak_memory_mb
 from posttrain.pipeline.material import Material, gather
@@ -66,8 +67,11 @@ class _Run:
         self.measurer = Measurer(wanted, self.world, suite, console)
 
     def go(self) -> dict[str, Any]:
-        # all data of all stages first: a malformed record must not be found after an hour of training
+        # all data of all stages first: a malformed or over-long record must not be found after an hour of training
         material = {stage.name: gather(stage, self.world, self.recipe.seed) for stage in self.recipe.stages}
+        contract = Contract.load(resolve_base(self.recipe.base))
+        for stage in self.recipe.stages:
+            check_material(stage, material[stage.name], contract)
         road = self._base()
         for stage in self.recipe.stages:
             road = self._stage(stage, material[stage.name], road)
