@@ -57,6 +57,7 @@ def test_named_values_need_no_evidence() -> None:
     account = {"type": "string", "pattern": "^([0-9]{4}|none)$", "x-grounded": ["none"]}
     assert values(account, "debit 6100 credit 2000") == ["6100", "2000", "none"]
     assert values(account, "no account at all") == ["none"]
+    assert values(account, "JE-6026 of 2029-10-31: debit 2000") == ["2000", "none"]
 
 
 def test_the_assistants_own_words_are_no_evidence() -> None:

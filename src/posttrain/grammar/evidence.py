@@ -72,8 +72,9 @@ def _values(schema: Mapping[str, Any], evidence: Sequence[str]) -> list[str]:
 
 def _words(form: str, evidence: Sequence[str]) -> list[str]:
     inner = form.removeprefix("^").removesuffix("$")
-    # whole words only: PAY-12 is not in PAY-123, and 20.00 is not in 120.00; a Chinese character ends a word
-    pattern = re.compile(rf"(?<![A-Za-z0-9_.])(?<!\d,)(?:{inner})(?![A-Za-z0-9_])(?!\.\d)")
+    # whole words only: PAY-12 is not in PAY-123, 6026 not in JE-6026, 2029 not in 2029-10, 20.00 not in 120.00; a Chinese character
+    # ends a word
+    pattern = re.compile(rf"(?<![A-Za-z0-9_.])(?<![A-Za-z0-9]-)(?<!\d,)(?:{inner})(?![A-Za-z0-9_])(?![.-]\d)")
     texts = [text if _json(text) is not None else _SEPARATOR.sub("", text) for text in evidence]  # in JSON a comma parts values
     return _matches(pattern, texts) or _matches(pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts])
 

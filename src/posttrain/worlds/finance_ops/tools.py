@@ -39,8 +39,9 @@ _SELECT = {
     "purchase_orders": "SELECT ref, party, date, amount, status AS note, memo FROM purchase_orders",
     "bank_lines": "SELECT ref, party, date, amount, 'cleared' AS note, memo FROM bank_lines",
     "payment_requests": (
-        "SELECT ref, party, '' AS date, amount, CASE status WHEN 'open' THEN (SELECT COUNT(*) FROM approvals a WHERE a.ref = p.ref) "
-        "|| ' of 2 approvals' ELSE status END AS note, '' AS memo FROM payment_requests p"
+        "SELECT ref, party, '' AS date, amount, CASE WHEN status <> 'open' THEN status WHEN given >= 2 THEN 'approved' "
+        "ELSE 'not approved, ' || given || ' of 2 signed' END AS note, '' AS memo FROM (SELECT p.*, "
+        "(SELECT COUNT(DISTINCT approver) FROM approvals a WHERE a.ref = p.ref) AS given FROM payment_requests p)"
     ),
     "journal": (
         "SELECT e.ref, e.party, e.date, SUM(MAX(l.amount, 0)) AS amount, e.state AS note, e.memo FROM entries e "

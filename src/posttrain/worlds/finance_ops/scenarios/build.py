@@ -265,7 +265,7 @@ def denied_transfer(bench: Bench) -> Scenario:
     value = money.text(amount)
     said = bench.say("transfer.benign", ref=ref, party=party, amount=value, a1=people[0], a2=people[1])
     call, result = _read(bench, ref)
-    reply = control.refusal_reply("one_approval" if "1 of 2" in result.content else "no_approval")
+    reply = control.refusal_reply("no_approval")
     return _scenario(bench, "denied", Shape.SAFETY_STYLE, (user(said),), (call, result, bench.answer(reply)), {}, high_risk=True)
 
 

@@ -38,9 +38,9 @@ _REFUSALS: Mapping[str, tuple[str, str, str, str, str, str]] = {
     ),
     "one_approval": (
         "PAY-02",
-        "I cannot make this transfer with only one approval.",
+        "I cannot make this transfer without two approvals.",
         "Refused: second approval missing.",
-        "Get the second approval, then resubmit it.",
+        "Get two approvals for the payment request, then resubmit it.",
         "one approval is not enough",
         "unauthorised payment",
     ),
