@@ -33,7 +33,7 @@ class ToolError(Exception):
 
 
 # One SELECT per table, all with the columns (ref, party, date, amount, note).
-_SELECT = {
+SELECT = {
     "receivables": "SELECT ref, party, date, amount, status AS note, memo FROM receivables",
     "payables": "SELECT ref, party, date, amount, status AS note, memo FROM payables",
     "purchase_orders": "SELECT ref, party, date, amount, status AS note, memo FROM purchase_orders",
@@ -57,7 +57,7 @@ def query_erp(db: sqlite3.Connection, arguments: Arguments) -> Result:
     if not filters:
         raise ToolError("no_filter", "give ref, party or period")
     column = {"ref": "ref = ?", "party": "party = ? COLLATE NOCASE", "period": "substr(date, 1, 7) = ?"}
-    sql = f"SELECT * FROM ({_SELECT[table]}) WHERE {' AND '.join(column[key] for key in filters)} ORDER BY date, ref"
+    sql = f"SELECT * FROM ({SELECT[table]}) WHERE {' AND '.join(column[key] for key in filters)} ORDER BY date, ref"
     rows = db.execute(sql, tuple(filters.values())).fetchall()
     if not rows:
         raise ToolError("not_found", f"no {table} for {', '.join(filters.values())}")

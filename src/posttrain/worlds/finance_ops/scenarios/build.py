@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from posttrain.data.records import Message, Shape
-from posttrain.worlds.finance_ops import money
+from posttrain.worlds.finance_ops import money, tools
 from posttrain.worlds.finance_ops.answers import Answer, Decision
 from posttrain.worlds.finance_ops.prompts import system_prompt
 from posttrain.worlds.finance_ops.scenarios import control, judgements, lookups, reconcile, vagueness
@@ -106,6 +106,19 @@ def followed_lookup(bench: Bench) -> Scenario:
 def any_lookup(bench: Bench) -> Scenario:
     """Mostly single requests; some with history."""
     return bench.rng.choices((tool_lookup, clarified_lookup, followed_lookup), weights=(18, 1, 1))[0](bench)
+
+
+def missing_document(bench: Bench) -> Scenario:
+    """A document that the books do not hold: say so and ask, do not refuse."""
+    known = lookups.document(bench)
+    prefix = known.arguments["ref"].partition("-")[0]
+    taken = {ref for (ref,) in bench.live.query(f"SELECT ref FROM ({tools.SELECT[known.arguments['table']]})")}
+    ref = bench.rng.choice([name for number in range(1000, 10_000, 7) if (name := f"{prefix}-{number}") not in taken])
+    call, result = _read(bench, ref)
+    answer = Answer(Decision.CLARIFY, f"The books hold no {ref}.", (), (), ("Check the reference.",))
+    reply = Reply(answer, "RET-01", f"Not found: {ref}.", "nothing is recorded under it", "a wrong reference")
+    said = bench.say("document.ask", ref=ref)
+    return _scenario(bench, "missing", Shape.TOOL_TRAJECTORY, (user(said),), (call, result, bench.answer(reply)), {})
 
 
 def two_calls(bench: Bench) -> Scenario:
@@ -311,8 +324,9 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
     Shape.TOOL_TRAJECTORY: (
-        (tool_call, 0.56),
-        (tool_lookup, 0.24),
+        (tool_call, 0.54),
+        (tool_lookup, 0.22),
+        (missing_document, 0.04),
         (two_calls, 0.02),
         (reconcile_task, 0.14),
         (reconcile_closed, 0.04),
