@@ -40,16 +40,20 @@ class Console:
 
     def meter(self) -> Callable[[str, int, int, Mapping[str, float]], None]:
         """A line for training steps: phase, step of total, metrics, seconds left."""
-        start = time.monotonic()
-        last = [0.0]
+        last = begun = before = time.monotonic()
+        first = expected = 0
 
         def show(phase: str, step: int, total: int, values: Mapping[str, float]) -> None:
+            nonlocal last, begun, before, first, expected
             now = time.monotonic()
-            if now - last[0] < _EVERY and 0 < step + 1 < total:
+            if step != expected:  # another phase or adapter, or a run that goes on: rates start anew
+                begun, first = before, step
+            before, expected = now, step + 1
+            if now - last < _EVERY and 0 < step + 1 < total:
                 return
-            last[0] = now
+            last = now
             shown = "  ".join(f"{key} {values[key]:.4g}" for key in _SHOWN if key in values)
-            left = (now - start) / (step + 1) * (total - step - 1) if step >= 0 else 0.0
+            left = (now - begun) / (step + 1 - first) * (total - step - 1) if step >= 0 else 0.0
             self.say(f"  {phase} {step + 1}/{total}  {shown}  [dim]{left:.0f} s left[/dim]")
 
         return show
