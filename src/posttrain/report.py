@@ -52,6 +52,7 @@ def write_report(run_folder: Path) -> Path:
     page = _environment().get_template("page.html.jinja").render(
         s=summary, accepted=sum(stage["accepted"] for stage in stages), warnings=_warnings(summary), numbers=_NUMBERS, levers=_LEVERS,
         road=Markup(road_svg(str(summary["base"].get("name", "base")), stages, summary["channels"])), metrics=names, tables=tables,
+        units={name: next(t[name]["unit"] for t in tables if name in t) for name in names},
         counts={name: max(t[name]["n"] for t in tables if name in t) for name in names},
         curves={stage["name"]: Markup(curves(stage["name"], [x for x in lines if x.get("stage") == stage["name"]])) for stage in stages},
         pairs=_pairs(run_folder, stages), bars=Markup(time_bars([(name, parts) for name, parts, _, _ in times])), parts=_PARTS, times=times,
@@ -80,7 +81,7 @@ def _value(metric: Mapping[str, Any]) -> str:
 
 def _range(metric: Mapping[str, Any]) -> str:
     low, high = metric["low"], metric["high"]
-    return f"{100 * low:.0f}–{100 * high:.0f}" if metric["unit"] == "share" else f"{low:.3g}–{high:.3g} {metric['unit']}"
+    return f"{100 * low:.0f}–{100 * high:.0f}" if metric["unit"] == "share" else f"{low:.2g} … {high:.2g}"
 
 
 def _num(value: float | None) -> str:
