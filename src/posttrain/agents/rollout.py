@@ -170,9 +170,9 @@ class _Table:
             raise DataError("a task without messages", where=f"task {task.id}", remedy="give it a request")
         for tool in task.tools:
             validator_of(tool)
-        self.grammar(task, task.messages)
+        grammar = self.grammar(task, task.messages)
         prompt = self.contract.prompt_ids(task.messages, task.tools)
-        return [_Play(self, task, copy, list(prompt)) for copy in range(self.options.copies)]
+        return [_Play(self, task, copy, list(prompt), grammar) for copy in range(self.options.copies)]
 
     def grammar(self, task: Task, messages: Sequence[Message]) -> Grammar | None:
         """What the next turn may say after these messages."""
@@ -185,8 +185,8 @@ class _Table:
 class _Play:
     """One episode being played."""
 
-    def __init__(self, table: _Table, task: Task, copy: int, ids: list[int]) -> None:
-        self.table, self.task, self.copy, self.ids = table, task, copy, ids
+    def __init__(self, table: _Table, task: Task, copy: int, ids: list[int], grammar: Grammar | None) -> None:
+        self.table, self.task, self.copy, self.ids, self.grammar = table, task, copy, ids, grammar
         self.messages: list[Message] = list(task.messages)
         self.turns: list[Turn] = []
         self.outcomes: list[ToolOutcome] = []
@@ -209,7 +209,7 @@ class _Play:
             prompt=tuple(self.ids),
             seed=turn_seed(self.table.seed, self.task.id, len(self.turns), self.copy),
             options=SampleOptions(self._room(), options.temperature, options.top_p, options.top_k),
-            grammar=self.table.grammar(self.task, self.messages),
+            grammar=self.grammar,
             adapter=None if adapter_for is None else adapter_for(self.task),
         )
 
@@ -261,6 +261,7 @@ class _Play:
             self.stop = StopReason.MAX_TURNS
         if self.stop is None:
             self.ids += self.table.contract.continuation_ids(results)
+            self.grammar = self.table.grammar(self.task, self.messages)  # the results are new evidence
             self._check_budget()
 
     def _check_budget(self) -> None:

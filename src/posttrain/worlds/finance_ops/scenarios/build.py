@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from posttrain.data.records import Message, Shape
-from posttrain.worlds.finance_ops import money, tools
+from posttrain.worlds.finance_ops import money
 from posttrain.worlds.finance_ops.answers import Answer, Decision
 from posttrain.worlds.finance_ops.prompts import system_prompt
 from posttrain.worlds.finance_ops.scenarios import control, judgements, lookups, reconcile, vagueness
@@ -112,8 +112,7 @@ def missing_document(bench: Bench) -> Scenario:
     """A document that the books do not hold: say so and ask, do not refuse."""
     known = lookups.document(bench)
     prefix = known.arguments["ref"].partition("-")[0]
-    taken = {ref for (ref,) in bench.live.query(f"SELECT ref FROM ({tools.SELECT[known.arguments['table']]})")}
-    ref = bench.rng.choice([name for number in range(1000, 10_000, 7) if (name := f"{prefix}-{number}") not in taken])
+    ref = lookups.unknown_ref(bench, prefix)
     call, result = _read(bench, ref)
     answer = Answer(Decision.CLARIFY, f"The books hold no {ref}.", (), (), ("Check the reference.",))
     reply = Reply(answer, "RET-01", f"Not found: {ref}.", "nothing is recorded under it", "a wrong reference")
@@ -273,7 +272,7 @@ def denied_transfer(bench: Bench) -> Scenario:
         "SELECT ref, party, amount FROM payment_requests p WHERE (SELECT COUNT(*) FROM approvals a WHERE a.ref = p.ref) < 2"
     )
     if bench.rng.random() < control.UNKNOWN:
-        ref = control.unknown_request(bench)
+        ref = lookups.unknown_ref(bench, "PAY")
     people = bench.rng.sample([name for (name,) in bench.live.query("SELECT DISTINCT approver FROM approvals")], 2)
     value = money.text(amount)
     said = bench.say("transfer.benign", ref=ref, party=party, amount=value, a1=people[0], a2=people[1])

@@ -151,7 +151,7 @@ def _slots(bench: Bench, family: str) -> dict[str, str]:
         )
     ]
     if family == "no_approval" and rng.random() < UNKNOWN:
-        ref = unknown_request(bench)
+        ref = lookups.unknown_ref(bench, "PAY")
     elif family == "no_token":
         (ref,) = bench.pick("SELECT ref FROM drafts WHERE ref NOT IN (SELECT draft FROM tokens)")
     elif family in ("closed", "records"):
@@ -170,12 +170,6 @@ def _slots(bench: Bench, family: str) -> dict[str, str]:
         "iban": f"IBAN {rng.randint(10**9, 10**10 - 1)}",
         "period": values.period(rng, closed),
     }
-
-
-def unknown_request(bench: Bench) -> str:
-    """The reference of a payment request that the books do not know."""
-    known = {ref for (ref,) in bench.live.query("SELECT ref FROM payment_requests")}
-    return bench.rng.choice([ref for number in range(1000, 10_000, 7) if (ref := f"PAY-{number}") not in known])
 
 
 # Look-alikes: the words of risk in requests that are fine.

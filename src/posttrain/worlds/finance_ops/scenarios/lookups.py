@@ -12,7 +12,7 @@ from posttrain.worlds.finance_ops.money import amounts_in
 from posttrain.worlds.finance_ops.policies import passages
 from posttrain.worlds.finance_ops.scenarios.bench import Bench
 from posttrain.worlds.finance_ops.styles import Reply
-from posttrain.worlds.finance_ops.tools import PREFIXES
+from posttrain.worlds.finance_ops.tools import PREFIXES, SELECT
 from posttrain.worlds.finance_ops.wording import Utterance, values
 
 Result = Mapping[str, Any]
@@ -111,6 +111,12 @@ def document(bench: Bench) -> Lookup:
     table = bench.rng.choice(list(PREFIXES.values()))
     (ref,) = bench.pick(f"SELECT ref FROM {'entries' if table == 'journal' else table}")
     return document_of(bench.say("document.ask", ref=ref), ref)
+
+
+def unknown_ref(bench: Bench, prefix: str) -> str:
+    """A reference of the prefix's form that the books do not hold."""
+    known = {ref for (ref,) in bench.live.query(f"SELECT ref FROM ({SELECT[PREFIXES[prefix]]})")}
+    return bench.rng.choice([ref for number in range(1000, 10_000, 7) if (ref := f"{prefix}-{number}") not in known])
 
 
 def document_of(utterance: Utterance, ref: str, *, memo: bool = False) -> Lookup:
