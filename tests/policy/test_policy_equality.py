@@ -162,3 +162,16 @@ def test_packing_in_bfloat16_stays_within_its_rounding_of_the_rows() -> None:
         got, want = policy.logprobs(Pack.of(sequences)), plain_rows(plain, sequences)
     assert got.dtype == torch.float32
     assert float((got - want).abs().mean()) < 0.03
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_states_after_the_last_block_are_the_hidden_states_before_the_final_norm(family: str) -> None:
+    policy = Policy(tiny_model(family))
+    pack = Pack.of([sequence(ids, [len(ids) - 1]) for ids in CASES["nested prefixes"]])
+    last = policy.config.get_text_config().num_hidden_layers - 1
+    with torch.no_grad():
+        hidden, (before, after) = policy.states(pack, [0, last])
+        plain = policy.hidden(pack)
+        assert torch.equal(hidden, plain)
+        assert torch.allclose(policy.base.base_model.norm(after), plain, atol=1e-6) and not torch.allclose(before, after)
+    assert not any(block._forward_hooks for block in policy.base.base_model.layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +250,24 @@ class Policy:
     def hidden(self, pack: Pack, sink: dict[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """Final hidden states [T, hidden] of every token of the pack."""
         return self.forward(pack.ids.to(self.device), pack.positions.to(self.device), TreeAttention(pack, sink))
+
+    def states(self, pack: Pack, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        """`hidden`, and the residual stream [T, hidden] after each of the given blocks."""
+        found: dict[int, Tensor] = {}
+
+        def keep(block: int) -> Callable[[nn.Module, object, object], None]:
+            def hook(module: nn.Module, inputs: object, output: object) -> None:
+                found[block] = cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+            return hook
+
+        hooks = [self.base.base_model.layers[block].register_forward_hook(keep(block)) for block in blocks]
+        try:
+            hidden = self.hidden(pack)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return hidden, [found[block][0] for block in blocks]
 
     def forward(self, ids: Tensor, positions: Tensor, context: object) -> Tensor:
         """One pass over flat tokens: ids, positions [T] -> hidden [T, hidden]; `context` computes the attention."""

@@ -1,4 +1,5 @@
-"""Stage 6, distillation: the same capability, cheaper. A student cut from the teacher learns its answers, then its distributions.
+"""Stage 6, distillation: the same capability, cheaper. A student cut from the teacher is refitted to its states in closed form, then
+learns its answers, then its distributions.
 
 The teacher is locked: its weights' fingerprint and its contract are recorded before and compared after, and it is never trained.
 """
@@ -17,6 +18,7 @@ from posttrain.objectives.distill import hinton_tokens, reduce_tokens
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import Policy
+from posttrain.policy.refit import refit
 from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
 from posttrain.stages.sft import SftObjective
@@ -26,11 +28,13 @@ from posttrain.training import Learner, OptimiserOptions, Scored
 @dataclass(frozen=True, slots=True)
 class DistillOptions:
     """layers: how many of the teacher's layers the student keeps, the first `keep_first` and the rest spread evenly to the last;
+    refit: ridge of the least-squares fit of the kept layers to the teacher's states on all records (see `policy.refit`; 0: not done);
     answers: share of the steps that learn the teacher's answers (sequence-level KD, Kim & Rush 2016) before the distributions;
     alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015)."""
 
     layers: int = 16
-    keep_first: int = 4
+    keep_first: int = 1
+    refit: float = 0.1
     batch: int = 16
     epochs: float = 1.0
     answers: float = 0.3
@@ -57,7 +61,12 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     """Train a student of `bench.policy` (the teacher) on `taught`: the teacher's own outputs as sequences. Returns the student."""
     teacher = bench.policy
     locked = fingerprint(teacher.base)
-    student = Policy(cut_layers(teacher.base, kept_layers(teacher.config.num_hidden_layers, options)))
+    kept = kept_layers(teacher.config.num_hidden_layers, options)
+    student = Policy(cut_layers(teacher.base, kept))
+    if options.refit > 0:
+        (pack,) = fill_packs(taught, sum(len(sequence) for sequence in taught))
+        distances = refit(student, teacher, kept, pack, options.refit)
+        bench.log("refit", -1, 1, {"state_distance": sum(distances) / max(1, len(distances))})
     embedding = student.base.get_input_embeddings().weight
     trained = {name: p for name, p in base_parameters(student.base).items() if p is not embedding}
     plan = batches(len(taught), options.batch, options.epochs, bench.seed)

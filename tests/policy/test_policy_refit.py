@@ -1,0 +1,76 @@
+"""A cut student's layers, refitted by least squares: the closed form, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from posttrain.errors import BaseModelError
+from posttrain.policy import Pack, Policy, cut_layers
+from posttrain.policy.refit import refit
+from tiny_models import random_ids, sequence, tiny_model
+
+RNG = random.Random(3)
+PACK = Pack.of([sequence(ids, [len(ids) - 1]) for ids in (random_ids(60, RNG) for _ in range(6))])
+KEPT = (0, 2)
+
+
+def student_of(teacher: Policy) -> Policy:
+    return Policy(cut_layers(teacher.base, KEPT))
+
+
+@torch.no_grad()
+def miss(student: Policy, teacher: Policy, pack: Pack) -> float:
+    """Mean relative squared distance of the states after the second kept layer."""
+    own, other = student.states(pack, [1])[1][0], teacher.states(pack, [2])[1][0]
+    return float(((own - other).square().sum(-1) / other.square().sum(-1)).mean())
+
+
+def test_a_refitted_layer_comes_nearer_and_the_distance_reported_is_the_one_left() -> None:
+    teacher = Policy(tiny_model("llama"))
+    student = student_of(teacher)
+    before = miss(student, teacher, PACK)
+    (left,) = refit(student, teacher, KEPT, PACK, 1e-4)
+    assert left < 0.7 * before
+    assert miss(student, teacher, PACK) == pytest.approx(left, rel=1e-3)
+
+
+@torch.no_grad()
+def test_the_projection_is_the_ridge_solution_of_the_normal_equations() -> None:
+    teacher, ridge = Policy(tiny_model("llama")), 0.3
+    student = student_of(teacher)
+    layer = student.base.base_model.layers[1]
+    first = layer.mlp.down_proj.weight.clone().double()
+    inner: list[Tensor] = []
+    # a plain forward pass of the layer's parts, before the refit
+    hook = layer.mlp.register_forward_hook(lambda mlp, x, _: inner.append(mlp.act_fn(mlp.gate_proj(x[0])) * mlp.up_proj(x[0])))
+    own, target = student.states(PACK, [1])[1][0].double(), teacher.states(PACK, [2])[1][0].double()
+    hook.remove()
+    m = inner[0][0].double()
+    weight = target.square().sum(-1).reciprocal()
+    wanted = target - own + m @ first.t()
+    damp = ridge * float((m.square() * weight[:, None]).sum(0).mean()) * torch.eye(m.shape[1], dtype=torch.float64)
+    gram, cross = m.t() @ (m * weight[:, None]) + damp, m.t() @ (wanted * weight[:, None]) + damp @ first.t()
+    refit(student, teacher, KEPT, PACK, ridge)
+    assert torch.allclose(layer.mlp.down_proj.weight.double(), torch.linalg.solve(gram, cross).t(), atol=1e-4)
+
+
+def test_layers_that_stand_where_they_stood_and_the_teacher_are_left_alone() -> None:
+    teacher = Policy(tiny_model("qwen3"))
+    student, locked = student_of(teacher), teacher.fingerprint
+    before = {name: p.clone() for name, p in student.base.named_parameters()}
+    refit(student, teacher, KEPT, PACK, 0.1)
+    changed = {name for name, p in student.base.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split("layers.")[1] for name in changed} == {"1.mlp.down_proj.weight"}
+    teacher._fingerprint = None
+    assert teacher.fingerprint == locked
+    assert not any(layer._forward_hooks or layer.mlp._forward_hooks for layer in student.base.base_model.layers)
+
+
+def test_layers_that_norm_what_the_mlp_adds_are_refused_by_name() -> None:
+    teacher = Policy(tiny_model("gemma3"))
+    with pytest.raises(BaseModelError, match="cannot be refitted"):
+        refit(student_of(teacher), teacher, KEPT, PACK, 0.1)
