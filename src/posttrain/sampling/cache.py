@@ -34,13 +34,16 @@ class Cache:
         self.values = [like.new_zeros(rows, kv_heads, capacity, size) for _ in range(layers)]
         self.lengths = torch.zeros(rows, dtype=torch.int64)
 
-    def fill(self, row: int, pack_rows: Tensor, sink: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Copy a prefilled prompt, given by the pack rows that follow the trunk, into a row."""
-        count = len(pack_rows)
-        for layer, (k, v) in sink.items():
-            self.keys[layer][row, :, :count] = k[0].index_select(1, pack_rows)
-            self.values[layer][row, :, :count] = v[0].index_select(1, pack_rows)
-        self.lengths[row] = count
+    def fill(self, first: int, prompts: list[Tensor], sink: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Copy prefilled prompts, each given by the pack rows that follow the trunk, into the rows from `first` on."""
+        counts = torch.tensor([len(rows) for rows in prompts])
+        source = torch.cat(prompts)
+        row = torch.repeat_interleave(torch.arange(first, first + len(prompts)), counts)
+        slot = torch.cat([torch.arange(int(count)) for count in counts])
+        for layer, (k, v) in sink.items():  # [T, Hkv, D] is how they lie in memory: whole tokens are copied
+            self.keys[layer][row, :, slot] = k[0].transpose(0, 1)[source]
+            self.values[layer][row, :, slot] = v[0].transpose(0, 1)[source]
+        self.lengths[first : first + len(prompts)] = counts
 
     def copy(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
         """What a row holds: keys and values per layer, [Hkv, length, D]."""
@@ -172,28 +175,27 @@ class StepAttention:
         """The strips' attention merged with that of every query to the one trunk."""
         trunk, (count, kv_heads, group, size) = self.cache.trunk, q.shape
         asked = q.permute(1, 0, 2, 3).reshape(1, kv_heads, count * group, size)
-        bias = None
+        bias = blind = None
         if window is not None:
             near = torch.arange(trunk.length) > self.positions[:, None] - window
             if not near.any():
                 return own
-            bias = torch.zeros(near.shape, dtype=q.dtype).masked_fill_(~near, float("-inf")).repeat_interleave(group, 0)
+            bias = torch.zeros(near.shape, dtype=q.dtype).masked_fill_(~near, float("-inf"))
+            bias, blind = bias.repeat_interleave(group, 0)[None, None], ~near.any(-1)
         mixed, total = attention_with_lse(asked, trunk.keys[layer][None], trunk.values[layer][None], bias, scale)
         shared = mixed.view(kv_heads, count, group, size).transpose(0, 1)
         shared_lse = total.view(kv_heads, count, group).transpose(0, 1)
-        weight = torch.sigmoid(shared_lse - own_lse).unsqueeze(-1).to(own.dtype)
-        return (
-            torch.lerp(own, shared.nan_to_num(0.0), weight.nan_to_num(0.0))
-            if window is not None
-            else torch.lerp(own, shared, weight)
-        )
+        merged = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse).unsqueeze(-1).to(own.dtype))
+        return merged if blind is None else torch.where(blind[:, None, None, None], own, merged)  # blind: the window ends before
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T scale + bias) v and the log of its denominator. q [B, H, n, D], k and v [B, H, S, D], bias broadcastable to
-    [B, H, n, S]; returns [B, H, n, D] and [B, H, n] float32."""
-    if q.device.type == "cpu" and bias is None:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)
+    """softmax(q k^T scale + bias) v and the log of its denominator. q [B, H, n, D], k and v [B, H, S, D], bias [B, 1, 1 or n, S];
+    returns [B, H, n, D] and [B, H, n] float32."""
+    if q.device.type == "cpu":
+        if bias is not None:
+            bias = bias.expand(-1, -1, q.shape[2], -1)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
         return out, lse
     scores = torch.matmul(q, k.transpose(2, 3)).float().mul_(scale)
     if bias is not None:

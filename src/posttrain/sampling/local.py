@@ -186,12 +186,9 @@ class _Run:
             hidden = self.policy.hidden(pack, sink)
             order = sorted(range(len(pack.members)), key=lambda place: self._length(indices[pack.members[place]]))
             logits = self.policy.head.logits(hidden[[pack.ends[place] for place in order]])
-            fresh = []
-            for place in order:
-                row = self._row(indices[pack.members[place]])
-                self.cache.fill(len(self.rows), pack.sequence_rows(place)[self.trunk.length :], sink)
-                self.rows.append(row)
-                fresh.append(row)
+            fresh = [self._row(indices[pack.members[place]]) for place in order]
+            self.cache.fill(len(self.rows), [pack.sequence_rows(place)[self.trunk.length :] for place in order], sink)
+            self.rows += fresh
             self._choose(logits, fresh)
 
     def _length(self, index: int) -> int:
