@@ -224,7 +224,8 @@ def test_a_grpo_run_that_is_started_again_ends_with_the_same_weights(shop: Shop)
         reason.run(options, tasks(14), play_with(stopped), stopped)
     resumed, whole = shop.bench("stopped"), shop.bench("whole")
     reason.run(options, tasks(14), play_with(resumed), resumed)
-    assert [step for phase, step, _ in shop.notes.lines if phase == "grpo"] == [3, 4, 5]
+    repeated = [step for phase, step, _ in shop.notes.lines if phase == "grpo"]
+    assert repeated[0] <= 3 and repeated == list(range(repeated[0], 6))
     reason.run(options, tasks(14), play_with(whole), whole)
     want = whole.policy.adapter_parameters("main")
     for name, parameter in resumed.policy.adapter_parameters("main").items():

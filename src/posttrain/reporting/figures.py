@@ -27,14 +27,14 @@ def curves(name: str, lines: Sequence[Mapping[str, Any]]) -> str:
     for index, metric in enumerate(metrics):
         axes = figure.add_subplot(1, len(metrics), index + 1)
         for colour, phase in zip(_PALETTE, sorted({str(line.get("phase")) for line in rows}), strict=False):
-            points = [
-                (line["step"] + 1, line[metric])
+            points = {  # a resumed run logs a repeated step twice: the later line holds
+                line["step"] + 1: line[metric]
                 for line in rows
                 if str(line.get("phase")) == phase and isinstance(line.get(metric), int | float)
-            ]
+            }
             if points:
                 axes.plot(
-                    *zip(*points, strict=True),
+                    *zip(*sorted(points.items()), strict=True),
                     color=colour,
                     linewidth=1.6,
                     label=phase,

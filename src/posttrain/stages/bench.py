@@ -1,4 +1,4 @@
-"""The workbench of a stage: what it may use, and the one training loop, resumable after every step.
+"""The workbench of a stage: what it may use, and the one training loop, resumable from any step.
 
 A stage describes step i as a pure function of i and of the policy as it stands (its data order and seeds derive from the stage
 seed and i), so a checkpoint needs no data cursor beyond the step number and a resumed run repeats nothing and skips nothing.
@@ -59,12 +59,13 @@ class Work:
 
 
 def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase: str = "train") -> str | None:
-    """Run the learner's remaining steps, checkpointing each. Returns why it stopped early, if it did."""
+    """Run the learner's remaining steps, with checkpoints in the background. Returns why it stopped early, if it did."""
     folder = bench.folder / "checkpoints" / phase
     identity = hashlib.sha256(f"{bench.identity}/{phase}/{learner.total_steps}".encode()).hexdigest()
     cursor = learner.resume(folder, identity) or {"step": 0, "stopped": None}
     checkpointer = Checkpointer(folder, identity)
     stopped: str | None = cursor["stopped"]
+    unsaved: dict[str, Any] | None = None  # the cursor of the state as it stands, while no checkpoint has it
     try:
         for step in range(int(cursor["step"]), learner.total_steps):
             if stopped:
@@ -74,11 +75,17 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
             if todo.packs:
                 metrics |= learner.forward_backward(todo.packs, todo.objective)
                 metrics["pack_tokens"] = float(sum(pack.tokens for pack in todo.packs))
+            unsaved = None  # within an update there is no whole state
             metrics |= learner.step()
             stopped = bench.watch(step, metrics)
             bench.log(phase, step, learner.total_steps, metrics)
-            learner.save(checkpointer, {"step": step + 1, "stopped": stopped})
+            unsaved = {"step": step + 1, "stopped": stopped}
+            if checkpointer.due():
+                learner.save(checkpointer, unsaved)
+                unsaved = None
     finally:
+        if unsaved is not None:
+            learner.save(checkpointer, unsaved)
         checkpointer.close()
     return stopped
 

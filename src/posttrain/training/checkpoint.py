@@ -1,10 +1,12 @@
-"""Checkpoints: complete or absent. A background thread writes the newest state; a kill loses at most the step in flight."""
+"""Checkpoints: complete or absent. A background thread writes the newest state, as often as a twentieth of the time allows; a kill
+loses the steps since the last one, and the resumed run repeats them to the bit."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ _STATE, _TENSORS, _PREFIX = "state.json", "tensors.safetensors", "step-"
 _REMEDY = "delete this folder; the one before it is used"
 
 
+_REST = (
+    20  # seconds without a checkpoint per second spent writing the last one: a large state costs no more time than a small one
+)
+
+
 class Checkpointer:
     """Writes numbered checkpoint folders under `folder`, keeps the newest two, and never blocks training on the disk:
     while one is being written, only the newest waiting one is kept."""
@@ -30,13 +37,20 @@ class Checkpointer:
         self._waiting: tuple[dict[str, Tensor], dict[str, Any]] | None = None
         self._wake, self._closed = threading.Condition(), False
         self._error: BaseException | None = None
+        self._rested = 0.0  # the monotonic time from which the next checkpoint is due
         folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._run, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
+    def due(self) -> bool:
+        """Whether it is time for another checkpoint. Whoever writes regardless (the last step does) is served too."""
+        self._raise()
+        return time.monotonic() >= self._rested
+
     def write(self, tensors: dict[str, Tensor], state: Mapping[str, Any]) -> None:
         self._raise()
         with self._wake:
+            self._rested = float("inf")  # until it is written
             self._waiting = (tensors, {**state, "identity": self.identity})
             self._wake.notify()
 
@@ -56,11 +70,14 @@ class Checkpointer:
                     return
                 tensors, state = self._waiting
                 self._waiting = None
+            started = time.monotonic()
             try:
                 self._write(tensors, state)
             except BaseException as error:  # handed to the training thread
                 self._error = error
                 return
+            ended = time.monotonic()
+            self._rested = ended + _REST * (ended - started)
 
     def _write(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         target = self.folder / f"{_PREFIX}{state['steps_done']:07d}"
