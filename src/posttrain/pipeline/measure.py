@@ -78,11 +78,12 @@ class Measurer:
         seconds: list[tuple[float, float]] = []
         for index, task in enumerate(spread(tasks, self.recipe.latency)):
             prompt = tuple(runtime.contract.prompt_ids(task.messages, task.tools))
-            own, other = (runtime, adapter_for(task)), (parent or runtime, None)
-            pair = [
-                _seconds_per_token(target, name, prompt) for target, name in ((own, other) if index % 2 == 0 else (other, own))
-            ]
-            seconds.append((pair[0], pair[1]) if index % 2 == 0 else (pair[1], pair[0]))
+            sides = [(runtime, adapter_for(task)), (parent or runtime, None)]
+            turn = sides if index % 2 == 0 else sides[::-1]
+            measured = [_seconds_per_token(target, name, prompt) for target, name in turn]
+            own, other = measured if index % 2 == 0 else measured[::-1]
+            if own is not None and other is not None:
+                seconds.append((own, other))
         if not seconds:
             return {}
         return {
@@ -124,15 +125,12 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[int(index)] for index in np.linspace(0, len(items) - 1, count)] if count else []
 
 
-def _seconds_per_token(runtime: Runtime, adapter: str | None, prompt: tuple[int, ...]) -> float:
-    request = SampleRequest(prompt, 0, SampleOptions(max_tokens=1), None, adapter)
-    start = time.perf_counter()
-    runtime.sampler.sample([request])
-    first = time.perf_counter() - start
-    start = time.perf_counter()
-    sample = runtime.sampler.sample([replace(request, options=SampleOptions(max_tokens=_LATENCY_TOKENS))])[0]
-    whole = time.perf_counter() - start
-    return max(1e-6, whole - first) / max(1, len(sample.ids) - 1)
+def _seconds_per_token(runtime: Runtime, adapter: str | None, prompt: tuple[int, ...]) -> float | None:
+    """Median time between two tokens of one request; None when it ended with its first token."""
+    ticks: list[float] = []
+    request = SampleRequest(prompt, 0, SampleOptions(max_tokens=_LATENCY_TOKENS), None, adapter)
+    runtime.sampler.sample([request], progress=lambda _: ticks.append(time.perf_counter()))
+    return float(np.median(np.diff(ticks))) if len(ticks) > 1 else None
 
 
 def _mean(values: Sequence[float], unit: str) -> Metric:
