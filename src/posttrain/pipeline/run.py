@@ -92,6 +92,8 @@ class _Run:
                 card = self.measurer.measure(runtime, lambda task: None, candidate=BASE)
             done = {"scorecard": card.to_json(), "dtype": str(runtime.policy.dtype), **_spent(clock)}
             self._finish(BASE, card, None, done)
+        # 'auto' is measured once a run: a stage resumed on a busier machine must compute in the same type
+        self.dtype = self.parents.dtype = parse_dtype(done["dtype"].removeprefix("torch."))
         return Road(None, Scorecard.from_json(done["scorecard"]))
 
     def _stage(self, stage: StageRecipe, material: Material, road: Road) -> Road:
