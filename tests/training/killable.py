@@ -1,4 +1,4 @@
-"""A tiny training run that another process may kill: `python killable.py {sft|dpo} FOLDER` says each step it finished.
+"""A tiny training run that another process may kill: `python killable.py {sft|dpo|grpo} FOLDER` says each step it finished.
 
 The tests import `run` as well, to finish the killed run and to make the uninterrupted one it is compared with.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,10 +15,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from posttrain.contract import Contract
-from posttrain.data.records import Conversation, Message, Preference
+from posttrain.data.records import Conversation, Episode, Message, Preference, Task, Turn
 from posttrain.policy import LoraOptions, Policy
-from posttrain.stages import Workbench, preference, sft
+from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
+from posttrain.stages import Workbench, preference, reason, sft
+from posttrain.stages.bench import derive
 from posttrain.training import OptimiserOptions
+from posttrain.verifying.judgement import Judgement
 from tiny_models import tiny_model, train_tokenizer
 
 STEPS = 12
@@ -45,14 +48,44 @@ def run(kind: str, folder: Path, *, log: object = quiet, dtype: torch.dtype = to
     if kind == "sft":
         records = [Conversation(str(i), (m, Message("assistant", f"{i}2.50 is due"))) for i, m in enumerate(asked)]
         sft.run(sft.SftOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER), records, bench)
+    elif kind == "grpo":
+        tasks = [Task(str(i), (m,)) for i, m in enumerate(asked)]
+        grpo = reason.GrpoOptions(steps=STEPS, tasks=2, group=4, max_len=6, optimiser=OPTIMISER)
+        options = reason.ReasonOptions(LORA, reason.CollectOptions(tasks=0), grpo)
+        reason.run(options, tasks * 3, played_on(bench), bench)
     else:
         pairs = [
             Preference(str(i), (m,), (Message("assistant", f"{i}2.50"),), (Message("assistant", "a lot"),))
             for i, m in enumerate(asked)
         ]
-        options = preference.PreferenceOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER)
-        preference.run(options, pairs, bench)
+        leash = preference.PreferenceOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER)
+        preference.run(leash, pairs, bench)
     return {name: p.detach().clone() for name, p in policy.adapter_parameters("main").items()}
+
+
+def played_on(bench: Workbench) -> reason.Play:
+    """Six sampled tokens a task and copy; the score is the share of tokens with an even number."""
+    sampler = LocalSampler(bench.policy, bench.contract.end_of_turn)
+
+    def play(tasks: Sequence[Task], copies: int, seed: int, adapter: str | None) -> list[tuple[Episode, Judgement | None]]:
+        asked = [
+            SampleRequest(
+                tuple(bench.contract.prompt_ids(t.messages)), derive(seed, t.id, c), SampleOptions(6, 1.0), adapter=adapter
+            )
+            for t in tasks
+            for c in range(copies)
+        ]
+        played: list[tuple[Episode, Judgement | None]] = []
+        for request, got in zip(asked, sampler.sample(asked), strict=True):
+            turn = Turn(
+                len(request.prompt), got.ids, got.logprobs, got.sampled_logprobs, got.forced, Message("assistant"), got.stop
+            )
+            episode = Episode("x", None, "task", (), (turn,), (), got.stop, (*request.prompt, *got.ids))
+            score = sum(token % 2 == 0 for token in got.ids) / len(got.ids)
+            played.append((episode, Judgement(score == 1.0, score)))
+        return played
+
+    return play
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from posttrain.policy import LoraOptions, Pack, Policy
 from posttrain.training import Checkpointer, Learner, OptimiserOptions, Scored, read_checkpoint
 from tiny_models import sequence, tiny_model
 
-KINDS = ("sft", "dpo")
+PHASES = {"sft": "train", "dpo": "train", "grpo": "grpo"}
+KINDS = tuple(PHASES)
 
 
 def digest(weights: dict[str, torch.Tensor]) -> str:
@@ -37,7 +38,7 @@ def digest(weights: dict[str, torch.Tensor]) -> str:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int]]:
-    """A run of each kind, killed with SIGKILL at a random step: its folder, and the last step it said it finished."""
+    """A run of each kind, killed with SIGKILL within a random step: its folder, and the last step it said it finished."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
     with ExitStack() as stack:
         running = {kind: stack.enter_context(started(kind, folder)) for kind, folder in folders.items()}  # side by side
@@ -68,7 +69,7 @@ def test_a_run_that_was_killed_ends_with_the_bits_of_one_that_was_not(
     kind: str, killed: dict[str, tuple[Path, int]], tmp_path: Path
 ) -> None:
     folder, said = killed[kind]
-    checkpoints = folder / "checkpoints" / "train"
+    checkpoints = folder / "checkpoints" / PHASES[kind]
     reached = max((int(path.name.removeprefix("step-")) for path in checkpoints.glob("step-*")), default=0)
     assert reached < killable.STEPS
     steps: list[int] = []
@@ -135,6 +136,18 @@ def save(it: Learner, folder: Path, identity: str = "run") -> None:
     checkpointer = Checkpointer(folder, identity)
     it.save(checkpointer, {"step": it.steps_done, "note": "x"})
     checkpointer.close()
+
+
+def test_the_next_forward_pass_sees_the_step(tmp_path: Path) -> None:
+    it = learner()
+    before = it.policy.logprobs(PACK).detach()
+    advance(it, 1)
+    seen = it.policy.logprobs(PACK).detach()
+    it.policy.save_adapter("main", tmp_path, "tiny")
+    again = Policy(tiny_model())
+    again.load_adapter("main", tmp_path)
+    torch.testing.assert_close(seen, again.logprobs(PACK), atol=2e-2, rtol=2e-2)  # stored in bf16
+    assert (seen - before).abs().max() > 5e-2
 
 
 def test_resume_restores_weights_moments_counters_cursor_and_the_random_generator(tmp_path: Path) -> None:
