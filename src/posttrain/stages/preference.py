@@ -51,17 +51,23 @@ def run(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbenc
     learner = Learner.for_adapter(bench.policy, name, options.optimiser, len(plan))
 
     def work(step: int) -> Work:
-        chosen = [sequences[2 * pair + side] for pair in plan[step] for side in (0, 1)]
-        units = [(2 * i, 2 * i + 1) for i in range(len(plan[step]))]
-        packs = fill_packs(chosen, bench.pack_tokens, units)  # a pair's prompt once, and pairs stay pairs
-        references = {id(pack): learner.reference_logprobs(pack) for pack in packs}
-        step_size = StepSize(len(plan[step]), learned_weight(chosen[::2]))
-        return Work(packs, lambda scored: _objective(scored, references[id(scored.pack)], options, step_size))
+        return work_of(
+            options, [sequences[2 * pair + side] for pair in plan[step] for side in (0, 1)], learner, bench.pack_tokens
+        )
 
     watch = leash(bench.watch, lambda metrics: metrics.get("drift", 0.0), options.max_drift, "drift from the reference")
     stopped = train(replace(bench, watch=watch), learner, work)
     learner.freeze()
     return stopped
+
+
+def work_of(options: PreferenceOptions, sides: Sequence[Rendered], learner: Learner, pack_tokens: int) -> Work:
+    """One step over the pairs whose chosen and rejected sequences are `sides`, in turn. The reference is computed here, once a pair."""
+    units = [(i, i + 1) for i in range(0, len(sides), 2)]
+    packs = fill_packs(sides, pack_tokens, units)  # a pair's prompt once, and pairs stay pairs
+    references = {id(pack): learner.reference_logprobs(pack) for pack in packs}
+    size = StepSize(len(units), learned_weight(sides[::2]))
+    return Work(packs, lambda scored: _objective(scored, references[id(scored.pack)], options, size))
 
 
 def check(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbench) -> list[Rendered]:

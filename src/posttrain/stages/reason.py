@@ -144,9 +144,8 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
             return Work([], lambda scored: (scored.hidden.sum() * 0, {}), metrics)
         sequences = [bench.contract.render_episode(played[i][0]) for i in live]
         old = [_old_logprobs(played[i][0]) for i in live]
-        packs = fill_packs(sequences, bench.pack_tokens)
-        references = {id(p): learner.reference_logprobs(p) for p in packs}
-        return Work(packs, lambda s: _objective(s, options, old, advantages[live], references[id(s.pack)], len(played)), metrics)
+        todo = work_of(options, sequences, old, advantages[live], learner, bench.pack_tokens, len(played))
+        return replace(todo, metrics=metrics)
 
     watch = leash(
         bench.watch, lambda m: m.get("kl_sum", 0.0) / max(1.0, m.get("tokens", 1.0)), options.max_kl, "KL to the parent"
@@ -156,16 +155,38 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
     return stopped
 
 
+def work_of(
+    options: GrpoOptions,
+    sequences: Sequence[Rendered],
+    old: Sequence[Tensor],
+    advantages: Tensor,
+    learner: Learner,
+    pack_tokens: int,
+    rows: int,
+) -> Work:
+    """One update over `rows` completions, of which `sequences` are those with an advantage; old[i] are the sampler's log-probabilities
+    of sequence i's learned tokens. The reference is computed only where a KL term or a limit asks for it."""
+    packs = fill_packs(sequences, pack_tokens)
+    wanted = options.beta != 0 or options.max_kl is not None
+    references = {id(pack): learner.reference_logprobs(pack) if wanted else None for pack in packs}
+    return Work(packs, lambda scored: _objective(scored, options, old, advantages, references[id(scored.pack)], rows))
+
+
 def group_advantages(options: GrpoOptions, judgements: Sequence[Judgement | None]) -> tuple[Tensor, Tensor]:
     """Advantages and rewards [groups * G]. An episode nobody could judge is left out of its group's statistics and gets 0."""
     rewards = torch.tensor([float("nan") if j is None else j.score for j in judgements])
+    return advantages_of(options, rewards), rewards
+
+
+def advantages_of(options: GrpoOptions, rewards: Tensor) -> Tensor:
+    """[groups * G] rewards, nan where nobody could judge -> advantages, 0 there."""
     groups = torch.arange(len(rewards)) // options.group
     form = standardised_advantages if options.advantage == "grpo" else centred_advantages
-    return form(rewards, groups, scored_b=(~rewards.isnan()).float()), rewards
+    return form(rewards, groups, scored_b=(~rewards.isnan()).float())
 
 
 def _objective(
-    scored: Scored, options: GrpoOptions, old: Sequence[Tensor], advantages: Tensor, reference: Tensor, rows: int
+    scored: Scored, options: GrpoOptions, old: Sequence[Tensor], advantages: Tensor, reference: Tensor | None, rows: int
 ) -> tuple[Tensor, Metrics]:
     """One pack's share of the loss over `rows` completions. old[i], advantages[i]: of the i-th sequence of the step."""
     members = list(scored.pack.members)
@@ -176,8 +197,11 @@ def _objective(
     # the sampler computed these with other matrix shapes: the difference is logged, and the ratio corrects for it
     gap = ((logp.detach() - old_bt) * mask).abs().sum()
     terms: PolicyTerms = {
-        "ref_logp_bt": scored.pack.pad(reference), "beta": options.beta, "eps_low": options.eps_low, "eps_high": options.eps_high,
-    }  # fmt: skip
+        "ref_logp_bt": None if reference is None else scored.pack.pad(reference),
+        "beta": options.beta,
+        "eps_low": options.eps_low,
+        "eps_high": options.eps_high,
+    }
     if options.advantage == "grpo":
         loss, metrics = grpo(logp, old_bt, mask, advantages[members], normaliser=float(rows), **terms)
     else:
