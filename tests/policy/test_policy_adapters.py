@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import MambaConfig, MambaForCausalLM
 
 from posttrain.errors import BaseModelError, BindingError
 from posttrain.policy import LoraOptions, Pack, Policy
@@ -261,21 +260,7 @@ def test_an_adapter_is_refused_on_a_parent_it_was_not_trained_on(trained: Policy
     assert trained.fingerprint in str(caught.value) and stranger.adapters == ()
 
 
-# -- architectures ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_state_space_model_is_refused_by_name() -> None:
-    model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=1))
-    with pytest.raises(BaseModelError, match=r"mixes tokens outside attention.*(mamba|linear_attention)"):
-        Policy(model)
-
-
-@pytest.mark.parametrize("kind", ["linear_attention", "conv", "mamba2", "recurrent"])
-def test_a_hybrid_is_refused_for_the_layers_that_are_not_attention(kind: str) -> None:
-    model = tiny_model()
-    model.config.layer_types = ["full_attention", kind, "full_attention"]
-    with pytest.raises(BaseModelError, match=kind):
-        Policy(model)
+# -- folders ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

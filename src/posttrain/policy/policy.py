@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +20,12 @@ from posttrain.policy.head import Head
 from posttrain.policy.pack import Pack
 from posttrain.policy.weights import fingerprint
 
-# Layers whose attention is not attention over tokens cannot run a tree; they are refused by name until rows are supported.
+_log = logging.getLogger(__name__)
+
+# layers that mix tokens outside attention cannot run a tree: their sequences run one by one
 _TREE_UNSAFE = ("mamba", "rwkv", "recurrent", "conv", "ssm", "linear_attention")
+
+_SPARED = ["out_proj", "conv1d"]  # of such layers, which PEFT refuses to adapt: their kernels read the weights themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +46,10 @@ class Policy:
     """Base weights, frozen, plus adapters. Tokens of a pack in, hidden states and log-probabilities out."""
 
     def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
-        self._refuse_unsafe(model.config)
+        mixing = _mixing_layers(model.config)
+        self.packs = not mixing  # whether sequences of a pack share computation
+        if mixing:
+            _log.warning("%s layers mix tokens outside attention: sequences run row by row, nothing is shared", ", ".join(mixing))
         self.base: Any = cast(Any, model)
         self.model: Any = model  # becomes the PEFT wrapper with the first adapter
         self.folder = folder
@@ -48,8 +57,9 @@ class Policy:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
-        self.base.set_attn_implementation(NAME)
-        install(self.base)
+        if self.packs:
+            self.base.set_attn_implementation(NAME)
+            install(self.base)
         self.head = Head.of(model)
 
     @classmethod
@@ -71,18 +81,6 @@ class Policy:
                 remedy="name a Hugging Face folder with safetensors weights",
             ) from error
         return cls(model.to(device), folder)
-
-    @staticmethod
-    def _refuse_unsafe(config: Any) -> None:
-        kinds = [str(kind) for kind in getattr(config, "layer_types", None) or [getattr(config, "model_type", "")]]
-        bad = sorted({kind for kind in kinds if any(word in kind for word in _TREE_UNSAFE)})
-        if bad:
-            raise BaseModelError(
-                "this architecture mixes tokens outside attention, so prefix-tree packs are not exact for it",
-                where="config",
-                value=bad,
-                remedy="use a decoder whose layers all use attention (Llama, Qwen2/3, Gemma 3, Mistral, ...)",
-            )
 
     # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -144,7 +142,8 @@ class Policy:
     def _targets(self, options: LoraOptions) -> dict[str, Any]:
         """The adapted layers in PEFT's words."""
         if options.top is None:
-            return {"target_modules": options.targets if isinstance(options.targets, str) else list(options.targets)}
+            spared = {} if self.packs else {"exclude_modules": _SPARED}
+            return {"target_modules": options.targets if isinstance(options.targets, str) else list(options.targets), **spared}
         blocks = int(self.config.get_text_config().num_hidden_layers)
         if not 1 <= options.top <= blocks:
             raise BaseModelError(
@@ -200,6 +199,15 @@ class Policy:
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
         return {key: p for key, p in self.model.named_parameters() if f".{name}." in key}
 
+    def drop_adapter(self, name: str) -> None:
+        """Forget one adapter; the others stay. BindingError when it is not there."""
+        self.use(name)
+        if self.adapters == (name,):
+            self.remove_adapters()
+            return
+        self.model.delete_adapter(name)
+        self.use(self.adapters[0])
+
     def remove_adapters(self) -> None:
         """Back to the bare base weights."""
         if self.adapters:
@@ -249,7 +257,31 @@ class Policy:
 
     def hidden(self, pack: Pack, sink: dict[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """Final hidden states [T, hidden] of every token of the pack."""
+        if not self.packs:
+            assert sink is None, "rows that run one by one have no keys and values to hand out"
+            return self._row_by_row(pack)
         return self.forward(pack.ids.to(self.device), pack.positions.to(self.device), TreeAttention(pack, sink))
+
+    def _row_by_row(self, pack: Pack) -> Tensor:
+        """`hidden`, each sequence by itself. What several share is taken from the first of them: causal layers give the same there."""
+        found, places = [], []
+        missing = torch.ones(pack.tokens, dtype=torch.bool)
+        for b in range(len(pack.members)):
+            rows = pack.sequence_rows(b)
+            out = self.base.base_model(input_ids=pack.ids[rows][None].to(self.device), use_cache=False).last_hidden_state[0]
+            new = missing[rows]
+            found.append(out[new.to(out.device)])
+            places.append(rows[new])
+            missing[rows] = False
+        order = torch.cat(places).argsort()
+        return torch.cat(found)[order.to(self.device)]
+
+    def go_on(self, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Hidden states [n, hidden] of one row's next tokens ids [n], and the model's own cache after them (None before the first)."""
+        known = inspect.signature(self.base.base_model.forward).parameters
+        name = "cache_params" if "cache_params" in known else "past_key_values"
+        out = self.base.base_model(input_ids=ids[None].to(self.device), use_cache=True, **{name: cache})
+        return out.last_hidden_state[0], getattr(out, name)
 
     def states(self, pack: Pack, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and the residual stream [T, hidden] after each of the given blocks."""
@@ -279,6 +311,12 @@ class Policy:
     def logprobs(self, pack: Pack, chunk: int = 256) -> Tensor:
         """log pi(target | its prefix) [N] float32 of every prediction of the pack; differentiable when an adapter trains."""
         return self.head.logprobs(self.hidden(pack)[pack.rows.to(self.device)], pack.targets.to(self.device), chunk)
+
+
+def _mixing_layers(config: Any) -> list[str]:
+    """Kinds of layers that are not attention over tokens, by the names their configuration gives them."""
+    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or [getattr(config, "model_type", "")]]
+    return sorted({kind for kind in kinds if any(word in kind for word in _TREE_UNSAFE)})
 
 
 def quiet_transformers() -> None:

@@ -1,6 +1,16 @@
 """Sampling: the protocol and the in-process engine."""
 
-from posttrain.sampling.local import EngineOptions, LocalSampler
+from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
+from posttrain.sampling.run import EngineOptions
 
-__all__ = ["EngineOptions", "LocalSampler", "Sample", "SampleOptions", "SampleRequest", "Sampler"]
+__all__ = [
+    "EngineOptions",
+    "LocalSampler",
+    "Sample",
+    "SampleOptions",
+    "SampleRequest",
+    "Sampler",
+    "ServerOptions",
+    "ServerSampler",
+]

@@ -10,61 +10,23 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.contract import Sequence as Rendered
-from posttrain.data.records import StopReason
 from posttrain.errors import PosttrainError
-from posttrain.grammar.matcher import GrammarEngine, Matcher
+from posttrain.grammar.matcher import GrammarEngine
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.sampling.cache import Cache, StepAttention, Trunk, trunk_of
-from posttrain.sampling.draw import draw, uniforms, unpack_mask
 from posttrain.sampling.prefixes import Prefixes, Strip
 from posttrain.sampling.protocol import Sample, SampleRequest
+from posttrain.sampling.rows import RowRun
+from posttrain.sampling.run import Drawing, EngineOptions, Run
 
 _MIN_TRUNK = 16
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """max_rows: rows decoded together; refill: share of free rows at which waiting prompts are prefilled; prefill_tokens: pack size
-    of a prefill; jump: append grammar-forced runs without sampling them."""
-
-    max_rows: int = 64
-    refill: float = 0.25
-    prefill_tokens: int = 4096
-    jump: bool = True
-
-
-@dataclass(slots=True)
-class _Row:
-    """A request being decoded. `pending` are tokens decided but not yet run through the model."""
-
-    index: int
-    request: SampleRequest
-    u: NDArray[np.float64]
-    matcher: Matcher | None
-    ids: list[int] = field(default_factory=list)
-    full: list[float] = field(default_factory=list)
-    drawn: list[float] = field(default_factory=list)
-    forced: list[bool] = field(default_factory=list)
-    pending: list[int] = field(default_factory=list)
-
-    def add(self, token: int, full: float, drawn: float, forced: bool) -> None:
-        self.ids.append(token)
-        self.full.append(full)
-        self.drawn.append(drawn)
-        self.forced.append(forced)
-        self.pending.append(token)
-
-    def finish(self, stop: StopReason) -> Sample:
-        return Sample(tuple(self.ids), tuple(self.full), tuple(self.drawn), tuple(self.forced), stop)
 
 
 class LocalSampler:
@@ -90,6 +52,7 @@ class LocalSampler:
     def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
         """One Sample per request, in order. `progress` is told the number of tokens drawn since its last call."""
         results: dict[int, Sample] = {}
+        drawing = Drawing(self.end_of_turn, self.grammar, self.options)
         by_adapter: dict[str | None, list[int]] = {}
         for index, request in enumerate(requests):
             if not request.prompt:
@@ -99,34 +62,29 @@ class LocalSampler:
             by_adapter.setdefault(request.adapter, []).append(index)
         for adapter, indices in by_adapter.items():
             self.policy.use(adapter)
+            if not self.policy.packs:
+                results.update(RowRun(self.policy, drawing, requests, indices, progress).decode())
+                continue
             prefixes = None if self._session is None else self._session.setdefault(adapter, Prefixes())
-            results.update(_Run(self, requests, indices, progress, prefixes).decode())
+            results.update(TreeRun(self.policy, drawing, requests, indices, progress, prefixes).decode())
         return [results[index] for index in range(len(requests))]
 
-    def matcher_for(self, request: SampleRequest) -> Matcher | None:
-        if request.grammar is None:
-            return None
-        if self.grammar is None:
-            raise PosttrainError(
-                "a request names a grammar but the sampler has no grammar engine", where="sampler", remedy="pass a GrammarEngine"
-            )
-        return self.grammar.matcher(request.grammar)
 
-
-class _Run:
-    """One call's requests for one adapter."""
+class TreeRun(Run):
+    """Rows in one cache, over the trunk that all their prompts share."""
 
     def __init__(
         self,
-        sampler: LocalSampler,
+        policy: Policy,
+        drawing: Drawing,
         requests: Sequence[SampleRequest],
         indices: list[int],
         progress: Callable[[int], None] | None,
         prefixes: Prefixes | None,
     ) -> None:
-        self.sampler, self.options, self.policy = sampler, sampler.options, sampler.policy
-        self.requests, self.progress, self.prefixes = requests, progress, prefixes
-        self.waiting = sorted(indices, key=lambda i: requests[i].prompt)  # neighbours share the most
+        # neighbours share the most
+        super().__init__(drawing, requests, sorted(indices, key=lambda i: requests[i].prompt), progress)
+        self.policy, self.prefixes = policy, prefixes
         prompts = [requests[i].prompt for i in self.waiting]
         self.trunk = (prefixes and prefixes.trunk_for(prompts)) or self._prefill_trunk()
         self.strips: dict[int, Strip | None] = {}
@@ -135,20 +93,7 @@ class _Run:
                 prefixes.start(self.trunk, prompts[0][: self.trunk.length])
             self.strips = dict(zip(self.waiting, prefixes.claim(prompts), strict=True))
         room = max(len(requests[i].prompt) - self.trunk.length + requests[i].options.max_tokens for i in indices)
-        rows = min(self.options.max_rows, len(indices))
-        self.cache = Cache(self.trunk, self.policy.config.num_hidden_layers, rows, room + 1)
-        self.rows: list[_Row] = []
-        self.results: dict[int, Sample] = {}
-
-    def decode(self) -> dict[int, Sample]:
-        capacity = len(self.cache.lengths)
-        while self.waiting or self.rows:
-            free = capacity - len(self.rows)
-            if self.waiting and (free >= self.options.refill * capacity or not self.rows):
-                self._admit([self.waiting.pop(0) for _ in range(min(free, len(self.waiting)))])
-            if self.rows:
-                self._choose(self._step())
-        return self.results
+        self.cache = Cache(self.trunk, policy.config.num_hidden_layers, self.capacity, room + 1)
 
     # -- prefill -------------------------------------------------------------------------------------------------------
 
@@ -164,7 +109,7 @@ class _Run:
         self.policy.hidden(pack, sink)
         return trunk_of(length, pack, sink)
 
-    def _admit(self, indices: list[int]) -> None:
+    def admit(self, indices: list[int]) -> None:
         """Give waiting requests a row. A remembered prefix is copied, and what follows it is left to the next step."""
         new = []
         for index in sorted(indices, key=self._length):  # neighbours of like length: their attention is padded to the longest
@@ -172,7 +117,7 @@ class _Run:
             if strip is None:
                 new.append(index)
                 continue
-            row = self._row(index)
+            row = self.row(index)
             row.pending = list(row.request.prompt[len(strip.ids) :])
             self.cache.restore(len(self.rows), strip.keys, strip.values)
             self.rows.append(row)
@@ -186,21 +131,17 @@ class _Run:
             hidden = self.policy.hidden(pack, sink)
             order = sorted(range(len(pack.members)), key=lambda place: self._length(indices[pack.members[place]]))
             logits = self.policy.head.logits(hidden[[pack.ends[place] for place in order]])
-            fresh = [self._row(indices[pack.members[place]]) for place in order]
+            fresh = [self.row(indices[pack.members[place]]) for place in order]
             self.cache.fill(len(self.rows), [pack.sequence_rows(place)[self.trunk.length :] for place in order], sink)
             self.rows += fresh
-            self._choose(logits, fresh)
+            self.choose(logits, fresh)
 
     def _length(self, index: int) -> int:
         return len(self.requests[index].prompt)
 
-    def _row(self, index: int) -> _Row:
-        request = self.requests[index]
-        return _Row(index, request, uniforms(request.seed, request.options.max_tokens), self.sampler.matcher_for(request))
-
     # -- decode --------------------------------------------------------------------------------------------------------
 
-    def _step(self) -> Tensor:
+    def step(self) -> Tensor:
         """Run every row's pending tokens; logits [R, V] at each row's last one."""
         counts = [len(row.pending) for row in self.rows]
         attention = StepAttention(self.cache, counts)
@@ -211,59 +152,13 @@ class _Run:
             row.pending.clear()
         return self.policy.head.logits(hidden[torch.cumsum(torch.tensor(counts), 0) - 1])
 
-    def _choose(self, logits: Tensor, rows: list[_Row] | None = None) -> None:
-        """Draw each row's next token, append what the grammar then forces, and retire what is finished."""
-        rows = list(self.rows) if rows is None else rows
-        matchers = [row.matcher for row in rows]
-        allowed = counts = None
-        if any(matcher is not None for matcher in matchers):
-            assert self.sampler.grammar is not None
-            bits = self.sampler.grammar.fill(matchers)
-            allowed = unpack_mask(bits, logits.shape[1])
-            counts = allowed.sum(dim=1).tolist()
-        tokens, full, drawn = draw(
-            logits,
-            [row.request.options for row in rows],
-            [float(row.u[min(len(row.ids), len(row.u) - 1)]) for row in rows],
-            allowed,
-        )
-        drawn_tokens = 0
-        for i, row in enumerate(rows):
-            before = len(row.ids)
-            only = counts is not None and row.matcher is not None and counts[i] == 1
-            self._append(row, int(tokens[i]), float(full[i]), 0.0 if only else float(drawn[i]), only)
-            drawn_tokens += len(row.ids) - before
-        if self.progress is not None:
-            self.progress(drawn_tokens)
-        self._retire()
-
-    def _append(self, row: _Row, token: int, full: float, drawn: float, forced: bool) -> None:
-        row.add(token, full, drawn, forced)
-        if row.matcher is None or token == self.sampler.end_of_turn:
-            return
-        row.matcher.consume(token)
-        if self.options.jump:
-            for extra in row.matcher.forced_run():
-                if extra == self.sampler.end_of_turn or len(row.ids) >= row.request.options.max_tokens:
-                    break
-                row.matcher.consume(extra)
-                row.add(extra, 0.0, 0.0, True)
-
-    def _retire(self) -> None:
-        for place in range(len(self.rows) - 1, -1, -1):
-            row = self.rows[place]
-            done = bool(row.ids) and row.ids[-1] == self.sampler.end_of_turn
-            if not done and len(row.ids) < row.request.options.max_tokens:
-                continue
-            if self.prefixes is not None:
-                whole = (*row.request.prompt, *row.ids)
-                self.prefixes.keep(Strip(whole[: len(whole) - len(row.pending)], *self.cache.copy(place)))
-            self.results[row.index] = row.finish(StopReason.END_OF_TURN if done else StopReason.LENGTH)
-            last = len(self.rows) - 1
-            if place != last:
-                self.cache.move(last, place)
-                self.rows[place] = self.rows[last]
-            self.rows.pop()
+    def leave(self, place: int) -> None:
+        row, last = self.rows[place], len(self.rows) - 1
+        if self.prefixes is not None:
+            whole = (*row.request.prompt, *row.ids)
+            self.prefixes.keep(Strip(whole[: len(whole) - len(row.pending)], *self.cache.copy(place)))
+        if place != last:
+            self.cache.move(last, place)
 
 
 def _prompt(ids: Sequence[int]) -> Rendered:

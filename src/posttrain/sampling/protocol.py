@@ -13,12 +13,15 @@ from posttrain.grammar.matcher import Grammar
 
 @dataclass(frozen=True, slots=True)
 class SampleOptions:
-    """How to draw. temperature 0 is greedy. Truncation is applied after the grammar mask and the temperature."""
+    """How to draw. temperature 0 is greedy. After the grammar mask, the repetition penalty (1: none; over prompt and answer so far) and
+    the temperature come top-k (0: all), top-p and min-p (share of the best token's probability; 0: all)."""
 
     max_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
