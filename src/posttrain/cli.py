@@ -164,6 +164,15 @@ def serve(
         serve_channels(runs, base, host, port, typer.echo)
 
 
+@app.command("serve-engine")
+def serve_engine(base: str = "smollm2-135m", host: str = "127.0.0.1", port: int = 8001) -> None:
+    """Serve a base's tokens to training jobs (vLLM's calls); never to users: it knows no tenants."""
+    from posttrain.pipeline.serve import serve_engine as run_engine
+
+    with _friendly():
+        run_engine(base, host, port, typer.echo)
+
+
 @app.command()
 def report(run_folder: Path) -> None:
     """Write a run's report page again and print where it is."""

@@ -75,5 +75,9 @@ class PermissionDenied(PosttrainError, PermissionError):
     """A tenant, a user or a tool call lies outside what its policy permits."""
 
 
+class SamplerError(PosttrainError, RuntimeError):
+    """A sampling server cannot be reached, is late, or answered what was not asked."""
+
+
 class VerifierError(PosttrainError, RuntimeError):
     """A verifier could not judge. The episode is then unscored, never passed."""

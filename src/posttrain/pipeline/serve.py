@@ -24,3 +24,18 @@ def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[s
     say(f"serving {', '.join(f'{name} -> {release}' for name, release in channels.pointers().items())}")
     say(f"http://{host}:{port}/v1")
     serve(app, host, port)
+
+
+def serve_engine(base: str, host: str, port: int, say: Callable[[str], None]) -> None:
+    """An engine for training's samples over one base (see `serving.completions`). Blocks until interrupted."""
+    from posttrain.pipeline.runtime import Runtime
+    from posttrain.policy import resolve_base
+    from posttrain.serving.app import serve
+    from posttrain.serving.completions import SamplerEngine, build_engine_app
+
+    prepare_process(None)
+    runtime = Runtime.load(resolve_base(base))
+    context = int(runtime.policy.config.get_text_config().max_position_embeddings)
+    engine = SamplerEngine(runtime.policy, runtime.sampler, runtime.contract.end_of_turn, context)
+    say(f"{base} answers /v1/completions on http://{host}:{port}; keep it inside the training job's network")
+    serve(build_engine_app(engine, base), host, port)

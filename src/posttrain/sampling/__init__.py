@@ -3,6 +3,7 @@
 from posttrain.sampling.local import LocalSampler
 from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
 from posttrain.sampling.run import EngineOptions
+from posttrain.sampling.server import ServerOptions, ServerSampler
 
 __all__ = [
     "EngineOptions",

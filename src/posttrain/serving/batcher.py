@@ -7,34 +7,41 @@ import contextlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from posttrain.errors import PosttrainError
-from posttrain.serving.engine import Completion, CompletionRequest, Engine
 from posttrain.serving.requests import Limits
 
 T = TypeVar("T")
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
+class BatchEngine(Protocol[Asked, Answer]):  # type: ignore[misc]
+    """What a batcher asks of a model: one answer or error per request, in order (see `serving.engine.Engine`)."""
+
+    def complete(self, requests: Sequence[Asked], abandoned: Callable[[], bool]) -> Sequence[Answer | PosttrainError]: ...
 
 
 class Overloaded(PosttrainError):
     """The queue is full, or the server is stopping."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    request: CompletionRequest
-    answer: asyncio.Future[Completion]
+@dataclass(frozen=True, eq=False)
+class _Job(Generic[Asked, Answer]):
+    request: Asked
+    answer: asyncio.Future[Answer]
 
 
-class Batcher:
+class Batcher(Generic[Asked, Answer]):
     """Runs an engine for many clients. Start and stop it inside the running event loop."""
 
-    def __init__(self, engine: Engine, limits: Limits) -> None:
+    def __init__(self, engine: BatchEngine[Asked, Answer], limits: Limits) -> None:
         self._engine, self._limits = engine, limits
-        self._queue: asyncio.Queue[_Job] = asyncio.Queue(limits.waiting)
+        self._queue: asyncio.Queue[_Job[Asked, Answer]] = asyncio.Queue(limits.waiting)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="posttrain-model")
         self._pump: asyncio.Task[None] | None = None
-        self._running: list[_Job] = []
+        self._running: list[_Job[Asked, Answer]] = []
 
     def start(self) -> None:
         self._pump = asyncio.create_task(self._run(), name="posttrain-batcher")
@@ -62,12 +69,12 @@ class Batcher:
     def waiting(self) -> int:
         return self._queue.qsize()
 
-    async def complete(self, request: CompletionRequest) -> Completion:
+    async def complete(self, request: Asked) -> Answer:
         """The answer. Cancelling the caller takes the request out of the queue, or abandons it when it is being drawn.
 
         Raises Overloaded when the queue is full, and what the engine raised.
         """
-        job = _Job(request, asyncio.get_running_loop().create_future())
+        job: _Job[Asked, Answer] = _Job(request, asyncio.get_running_loop().create_future())
         if not self.alive:
             raise Overloaded("the server is stopping", where="server", remedy="send the request again later")
         try:
@@ -92,11 +99,11 @@ class Batcher:
             if self._running:
                 await self._draw(self._running)
 
-    async def _draw(self, jobs: list[_Job]) -> None:
+    async def _draw(self, jobs: list[_Job[Asked, Answer]]) -> None:
         def abandoned() -> bool:
             return all(job.answer.done() for job in jobs)
 
-        answers: Sequence[Completion | Exception]
+        answers: Sequence[Answer | Exception]
         try:
             answers = await self.call(lambda: self._engine.complete([job.request for job in jobs], abandoned))
             assert len(answers) == len(jobs), f"{len(answers)} answers to {len(jobs)} requests"
