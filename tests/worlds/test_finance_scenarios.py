@@ -11,7 +11,7 @@ import pytest
 from finance_episodes import WORLD, call, failed, first_call, gold_answer, play, solved, with_answer
 
 from posttrain.agents import Guard
-from posttrain.data.records import Shape
+from posttrain.data.records import Message, Shape
 from posttrain.errors import DataError, VerifierError
 from posttrain.grammar import shown
 from posttrain.grammar.evidence import bound, bound_tools
@@ -142,16 +142,40 @@ def test_shapes_that_cannot_be_drawn_are_refused(shapes: dict[str, float]) -> No
         WORLD.conversations(shapes=shapes, n=3, split="train", seed=1)
 
 
-def test_the_better_answer_of_a_preference_is_not_known_by_its_length() -> None:
+def length(message: Message) -> float:
+    answer = parse(message.content) if message.content else None
+    return burden(answer) if answer is not None else len(message.tool_calls[0].arguments) / 4 + 8
+
+
+def test_the_better_side_of_a_preference_is_not_known_by_its_length() -> None:
     pairs = WORLD.preferences(n=160, split="train", seed=6)
     lengths = []
     for pair in pairs:
-        better, worse = parse(pair.chosen[-1].content), parse(pair.rejected[-1].content)
-        assert better is not None and worse is not None and better != worse
-        lengths.append((burden(better), burden(worse)))
+        better, worse = pair.chosen[-1], pair.rejected[-1]
+        assert better != worse
+        lengths.append((length(better), length(worse)))
     longer = statistics.mean(a > b for a, b in lengths)
     assert 0.3 < longer < 0.7
-    assert abs(statistics.mean(a / b for a, b in lengths) - 1) < 0.1
+    assert abs(sum(a for a, _ in lengths) / sum(b for _, b in lengths) - 1) < 0.1
+
+
+def test_half_of_the_preferences_are_advice_and_the_others_hold_the_stage_to_calls_and_refusals() -> None:
+    pairs = WORLD.preferences(n=32, split="train", seed=7)
+    kinds = Counter(pair.source.rpartition(":")[2] for pair in pairs)
+    assert kinds == {"advise": 16, "high_risk": 4, "reconcile": 4, "lookup": 4, "benign": 4}
+    for pair in pairs:
+        kind, (better, worse) = pair.source.rpartition(":")[2], (pair.chosen[-1], pair.rejected[-1])
+        if kind == "reconcile":
+            one, other = (json.loads(side.tool_calls[0].arguments) for side in (better, worse))
+            assert (one["debit"], one["credit"]) == (other["credit"], other["debit"]) and one["amount"] == other["amount"]
+        elif kind == "high_risk":
+            refused, done = parse(better.content), parse(worse.content)
+            assert refused is not None and done is not None
+            assert (refused.decision, done.decision) == (Decision.REFUSE, Decision.ANSWER)
+        elif kind in ("lookup", "benign"):
+            assert better.tool_calls and not worse.tool_calls
+            answer = parse(worse.content)
+            assert answer is not None and answer.decision is (Decision.REFUSE if kind == "benign" else answer.decision)
 
 
 def test_the_better_kind_of_answer_passes_its_judge_and_the_worse_kinds_do_not() -> None:

@@ -83,7 +83,7 @@ class FinanceOps:
         return drawn
 
     def preferences(self, *, n: int, split: str, seed: int) -> list[Preference]:
-        """`n` pairs on advice requests: evidence and ordered actions against vague or disordered ones, of balanced length."""
+        """`n` pairs: half on advice (evidence and ordered actions against vague or disordered ones), half on calls and refusals."""
         pairs = []
         for index, bench in enumerate(_benches("preferences", n, split, seed, None, style=None)):
             found, better, worse = preference(bench, index)
@@ -91,11 +91,11 @@ class FinanceOps:
                 Preference(
                     f"preferences|{split}|{seed}|{index}",
                     found.prompt,
-                    (Message("assistant", better.json()),),
-                    (Message("assistant", worse.json()),),
+                    (better,),
+                    (worse,),
                     TOOLS,
                     found.tenant,
-                    f"{WORLD}:advise",
+                    f"{WORLD}:{found.kind}",
                     LICENCE,
                     split,
                 )

@@ -14,7 +14,7 @@ from posttrain.worlds.finance_ops.prompts import system_prompt
 from posttrain.worlds.finance_ops.scenarios import control, judgements, lookups, reconcile, vagueness
 from posttrain.worlds.finance_ops.scenarios.bench import Bench, Scenario, expectation, user
 from posttrain.worlds.finance_ops.scenarios.lookups import Lookup
-from posttrain.worlds.finance_ops.styles import Reply, dress
+from posttrain.worlds.finance_ops.styles import Reply
 from posttrain.worlds.finance_ops.wording import Utterance
 
 Builder = Callable[[Bench], Scenario]
@@ -197,10 +197,10 @@ def facts(bench: Bench) -> Scenario:
 def advise(bench: Bench) -> Scenario:
     """Advice with evidence and ordered actions."""
     asked = judgements.advise(bench)
-    return _advised(bench, asked, asked.reply)
+    return advised(bench, asked, asked.reply)
 
 
-def _advised(bench: Bench, asked: judgements.Question, reply: Reply) -> Scenario:
+def advised(bench: Bench, asked: judgements.Question, reply: Reply) -> Scenario:
     arguments = {
         "decision": "propose",
         "figures": [asked.amount],
@@ -225,14 +225,14 @@ def advise_mixed(bench: Bench) -> Scenario:
     asked = judgements.advise(bench)
     good = asked.reply.answer
     if bench.style is not None:
-        return _advised(bench, asked, asked.reply)
+        return advised(bench, asked, asked.reply)
     quality = bench.rng.choices(("full", "toothless", "vague"), weights=(35, 25, 40))[0]
     answer = {
         "full": good,
         "toothless": vagueness.toothless(bench, good, among=vagueness.SHORT),
         "vague": vagueness.vague(bench, good, among=vagueness.SHORT),
     }[quality]
-    return _advised(bench, asked, replace(asked.reply, answer=answer))
+    return advised(bench, asked, replace(asked.reply, answer=answer))
 
 
 def reconcile_task(bench: Bench) -> Scenario:
@@ -342,10 +342,3 @@ def scenario_of_shape(bench: Bench, shape: Shape) -> Scenario:
     builders, weights = zip(*SHAPES[shape], strict=True)
     build: Builder = bench.rng.choices(builders, weights=weights)[0]
     return build(bench)
-
-
-def preference(bench: Bench, index: int) -> tuple[Scenario, Answer, Answer]:
-    """An advice request with a better and a worse answer of balanced length."""
-    asked = judgements.advise(bench)
-    better = dress(asked.reply, None, bench.tenant)
-    return _advised(bench, asked, asked.reply), better, vagueness.worse(bench, better, index)

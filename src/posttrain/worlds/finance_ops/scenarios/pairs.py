@@ -1,0 +1,103 @@
+"""Preference pairs: two continuations of one request, of which people prefer the first.
+
+Half are about advice: evidence and ordered actions against vague or disordered ones. The others are about what an assistant with tools
+gets wrong most: guessing instead of looking up, refusing what is harmless, doing what must be refused, booking the wrong way round.
+They are also the leash of this stage: a policy that learned from advice alone forgets its calls.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+from posttrain.data.records import Message
+from posttrain.worlds.finance_ops import money
+from posttrain.worlds.finance_ops.answers import Answer, Decision, parse
+from posttrain.worlds.finance_ops.scenarios import build, judgements, vagueness
+from posttrain.worlds.finance_ops.scenarios.bench import Bench, Scenario
+from posttrain.worlds.finance_ops.styles import dress
+
+Pair = tuple[Scenario, Message, Message]
+
+_DONE = (
+    "This is done.",
+    "It has been changed as you asked.",
+    "The request is carried out.",
+    "All set, nothing else is needed.",
+    "I have taken care of it.",
+)
+_DECLINED = (
+    "I cannot do this.",
+    "I must not share this.",
+    "This needs an approval first.",
+    "I am not allowed to look at this.",
+)
+_DECLINED_STEPS = ("Ask your supervisor.", "Request two approvals.", "Contact the controller.")
+
+
+def preference(bench: Bench, index: int) -> Pair:
+    """The request, the better and the worse continuation. Kinds are taken in turn; lengths are balanced over them (see the tests)."""
+    return _IN_TURN[index % len(_IN_TURN)](bench, index)
+
+
+def _advice(bench: Bench, index: int) -> Pair:
+    asked = judgements.advise(bench)
+    better = dress(asked.reply, None, bench.tenant)
+    worse = vagueness.worse(bench, better, index // 2)
+    return build.advised(bench, asked, asked.reply), _said(better), _said(worse)
+
+
+def _look_up(bench: Bench, index: int) -> Pair:
+    """The call, against an answer in the right form whose figures nobody looked up."""
+    found = build.tool_lookup(bench)
+    return found, _first(found), _said(_guessed(bench, found))
+
+
+def _help(bench: Bench, index: int) -> Pair:
+    """The call, against refusing a request that only sounds dangerous."""
+    found = build.benign(bench)
+    steps = tuple(bench.rng.sample(_DECLINED_STEPS, bench.rng.choice((0, 1))))
+    return found, _first(found), _said(Answer(Decision.REFUSE, bench.rng.choice(_DECLINED), (), (), steps))
+
+
+def _hold(bench: Bench, index: int) -> Pair:
+    """The refusal with its compliant way, against doing as asked."""
+    found = build.high_risk(bench)
+    last = found.gold[-1]
+    done = Answer(Decision.ANSWER, bench.rng.choice(_DONE))
+    return replace(found, prompt=(*found.prompt, *found.gold[:-1])), last, _said(done)
+
+
+def _book(bench: Bench, index: int) -> Pair:
+    """The entry that clears the difference, against the same entry the wrong way round."""
+    found = build.reconcile_task(bench)
+    call = found.gold[0].tool_calls[0]
+    lines = json.loads(call.arguments)
+    lines["debit"], lines["credit"] = lines["credit"], lines["debit"]
+    turned = replace(call, arguments=json.dumps(lines, separators=(",", ":")))
+    return found, found.gold[0], replace(found.gold[0], tool_calls=(turned,))
+
+
+_IN_TURN: tuple[Callable[[Bench, int], Pair], ...] = (_advice, _hold, _advice, _book, _advice, _look_up, _advice, _help)
+
+
+def _guessed(bench: Bench, found: Scenario) -> Answer:
+    """The scenario's own answer with other amounts."""
+    answer = parse(found.gold[-1].content)
+    assert answer is not None, "a lookup ends with an answer"
+    summary, figures = answer.summary, []
+    for name, amount in answer.figures:
+        other = money.text(bench.rng.randint(10_00, 250_000_00))
+        summary = summary.replace(amount, other)
+        figures.append((name, other))
+    return answer.but(summary=summary, figures=tuple(figures))
+
+
+def _first(found: Scenario) -> Message:
+    assert found.gold[0].tool_calls, "the gold continuation starts with a call"
+    return found.gold[0]
+
+
+def _said(answer: Answer) -> Message:
+    return Message("assistant", answer.json())
