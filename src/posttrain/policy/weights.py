@@ -62,6 +62,19 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
     return time.perf_counter() - start
 
 
+@dataclass(frozen=True, slots=True)
+class MergeParity:
+    """How far a merged model is from base + adapter: on probe hidden rows, in natural-log units."""
+
+    max_abs_logprob_difference: float
+    mean_abs_logprob_difference: float
+    probes: int
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+@torch.no_grad()
 def merge_adapter(policy: Any, name: str) -> None:
     """W <- round_bf16(W + s B A), added in fp32 and rounded once (objectives.md 2.1); the adapters are dropped afterwards."""
     for module in policy.model.modules():

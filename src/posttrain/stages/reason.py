@@ -28,11 +28,13 @@ Play = Callable[[Sequence[Task], int, int, str | None], list[tuple[Episode, Judg
 
 @dataclass(frozen=True, slots=True)
 class CollectOptions:
-    """Rejection sampling (ReST-EM's E-step): K samples a task, the passed ones kept, at most `cap` distinct ones a task."""
+    """Rejection sampling (ReST-EM's E-step): K samples a task, the passed ones kept, at most `cap` distinct ones a task, and
+    `easy_cap` where every sample passed: there the policy learns nothing new, but it keeps what it can."""
 
     tasks: int = 48
     samples: int = 4
     cap: int = 2
+    easy_cap: int = 2
     epochs: float = 2.0
     batch: int = 16
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=8e-4))
@@ -103,11 +105,13 @@ def collect(options: CollectOptions, tasks: Sequence[Task], play: Play, bench: W
     solved = 0
     for start in range(0, len(played), options.samples):
         distinct: dict[tuple[int, ...], Episode] = {}
-        for episode, judgement in played[start : start + options.samples]:
-            if judgement is not None and judgement.passed:
-                distinct.setdefault(episode.ids, episode)
+        group = played[start : start + options.samples]
+        passes = [episode for episode, judgement in group if judgement is not None and judgement.passed]
+        for episode in passes:
+            distinct.setdefault(episode.ids, episode)
         solved += bool(distinct)
-        kept += [bench.contract.render_episode(episode) for episode in list(distinct.values())[: options.cap]]
+        most = options.easy_cap if len(passes) == len(group) else options.cap
+        kept += [bench.contract.render_episode(episode) for episode in list(distinct.values())[:most]]
     passed = sum(judgement is not None and judgement.passed for _, judgement in played)
     bench.log(
         "collect",

@@ -71,15 +71,20 @@ def _hold(bench: Bench, index: int) -> Pair:
 
 def _book(bench: Bench, index: int) -> Pair:
     """The entry that clears the difference, against the same entry the wrong way round."""
-    found = build.reconcile_task(bench)
-    call = found.gold[0].tool_calls[0]
-    lines = json.loads(call.arguments)
+    lines: dict[str, str] = {}
+    while lines.get("debit") == lines.get("credit"):  # a timing difference books nothing
+        found = build.reconcile_task(bench)
+        call = found.gold[0].tool_calls[0]
+        lines = json.loads(call.arguments)
     lines["debit"], lines["credit"] = lines["credit"], lines["debit"]
     turned = replace(call, arguments=json.dumps(lines, separators=(",", ":")))
     return found, found.gold[0], replace(found.gold[0], tool_calls=(turned,))
 
 
-_IN_TURN: tuple[Callable[[Bench, int], Pair], ...] = (_advice, _hold, _advice, _book, _advice, _look_up, _advice, _help)
+# two that help for each that holds: with as many, harmless requests were refused more often
+_IN_TURN: tuple[Callable[[Bench, int], Pair], ...] = (
+    _advice, _hold, _advice, _help, _advice, _book, _advice, _look_up, _advice, _help
+)  # fmt: skip
 
 
 def _guessed(bench: Bench, found: Scenario) -> Answer:
