@@ -13,6 +13,7 @@ from posttrain.data.records import Message, Preference
 from posttrain.errors import PreflightError
 from posttrain.policy import Pack
 from posttrain.stages import Workbench, preference
+from posttrain.training import Learner
 
 OPTIONS = preference.PreferenceOptions(batch=4, epochs=5.0, adapter=LORA, optimiser=replace(FAST, lr=5e-3))
 
@@ -49,6 +50,26 @@ def test_training_starts_at_ln_two_and_raises_every_margin(shop: Shop) -> None:
     assert losses[-1] < losses[0] - 0.1 and shop.notes.of("accuracy")[-1] == 1.0
     assert bool((margins(bench, PAIRS) > 1.0).all())
     assert seen[-1] == pytest.approx(OPTIONS.beta * float(margins(bench, PAIRS).mean()), rel=0.6)
+
+
+def test_the_reference_is_computed_once_a_pair_and_the_same_for_a_run_that_begins_later(shop: Shop) -> None:
+    bench = shop.bench()
+    sequences = preference.check(OPTIONS, PAIRS, bench)
+    bench.policy.add_adapter("main", LORA, 1)
+    learner = Learner.for_adapter(bench.policy, "main", FAST, 4)
+    plan = [[0, 1, 2, 3], [4, 5, 6, 7], [6, 0, 3, 5], [1, 7, 2, 4]]
+    asked: list[Pack] = []
+    honest = learner.reference_logprobs
+    learner.reference_logprobs = lambda pack: (asked.append(pack), honest(pack))[1]  # type: ignore[method-assign]
+    whole, late = (preference.References(sequences, plan, learner, 80) for _ in range(2))
+    early = [whole.of(pairs) for pairs in plan]
+    assert sum(len(pack.members) for pack in asked) == len(sequences)
+    for pairs, known in zip(plan[2:], early[2:], strict=True):  # resumed in the second epoch
+        for one, other in zip(known, late.of(pairs), strict=True):
+            assert torch.equal(one, other)
+    for place, pair in enumerate(plan[2]):
+        alone = Pack.of([sequences[2 * pair]])
+        torch.testing.assert_close(early[2][2 * place], honest(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_metrics_are_means_over_the_pairs_of_a_step_however_they_are_packed(shop: Shop) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from posttrain.agents.world import load_world
 from posttrain.contract import Contract, preflight
-from posttrain.data.records import Conversation
+from posttrain.contract.rendering import Renderer
 from posttrain.errors import StorageError
 from posttrain.evaluation import Suite
+from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.policy.base import free_bytes, resolve_base
 from posttrain.recipe import Recipe, StageRecipe, stage_options
@@ -17,6 +19,7 @@ from posttrain.stages.reason import ReasonOptions, check_tasks
 
 # merged parents, releases and checkpoints of one stage, as multiples of the base's own files
 _COPIES_PER_STAGE = 3
+_MANY = 2000  # records from which rendering shows its progress
 
 
 def check_recipe(recipe: Recipe) -> Iterator[str]:
@@ -28,7 +31,7 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
     yield f"disk: {free_bytes(Path(recipe.output)) / 1e9:.1f} GB free"
     world = load_world(recipe.world)
     for stage in recipe.stages:
-        yield f"stage {stage.name}: {check_material(stage, gather(stage, world, recipe.seed), contract)}"
+        yield f"stage {stage.name}: {check_material(stage, gather(stage, world, recipe.seed), Renderer(contract))}"
     wanted = recipe.evaluation
     suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
     longest = max((len(contract.prompt_ids(task.messages, task.tools)) for task in suite.tasks), default=0)
@@ -47,21 +50,25 @@ def check_disk(recipe: Recipe, base: Path) -> None:
         )
 
 
-def check_material(stage: StageRecipe, material: Material, contract: Contract) -> str:
+def check_material(stage: StageRecipe, material: Material, renderer: Renderer, console: Console | None = None) -> str:
     """Render and check every record of a stage; a line that says what there is."""
     options = stage_options(stage)
     if isinstance(options, ReasonOptions):
         check_tasks(options, material.tasks, where=f"stages.{stage.name}.data")
     limit = int(getattr(options, "max_tokens", 1 << 20))
-    conversations: list[Conversation] = [*material.conversations, *(c for records in material.tenants.values() for c in records)]
-    named = [(c.id, contract.render(c)) for c in conversations]
-    for pair in material.preferences:
-        named += [
-            (f"{pair.id} ({side})", sequence)
-            for side, sequence in zip(("chosen", "rejected"), contract.render_preference(pair), strict=True)
+    sets, pairs = [material.conversations, *material.tenants.values()], material.preferences
+    total = sum(map(len, sets)) + len(pairs)
+    with console.progress(f"rendering {stage.name}", total) if console and total >= _MANY else nullcontext() as advance:
+        named = [
+            (record.id, sequence)
+            for records in sets
+            for record, sequence in zip(records, renderer.conversations(records, advance), strict=True)
         ]
+        sides = renderer.preferences(pairs, advance)
+        names = [f"{pair.id} ({side})" for pair in pairs for side in ("chosen", "rejected")]
+        named += zip(names, sides, strict=True)
     if not named:
         return f"{len(material.tasks)} tasks to play"
-    found = preflight(named, max_tokens=limit, end_of_turn=contract.end_of_turn)
+    found = preflight(named, max_tokens=limit, end_of_turn=renderer.contract.end_of_turn)
     tasks = f", {len(material.tasks)} tasks to play" if material.tasks else ""
     return f"{found.records} records, {found.tokens} tokens, {found.learned} learned, longest {found.longest}{tasks}"

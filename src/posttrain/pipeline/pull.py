@@ -78,7 +78,7 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
 
 
 def _distil(options: distill.DistillOptions, material: Material, bench: Workbench, player: Player, runtime: Runtime) -> Pulled:
-    taught = [*_own_answers(material.tasks, bench, player), *(bench.contract.render(c) for c in material.conversations)]
+    taught = [*_own_answers(material.tasks, bench, player), *bench.renderer.conversations(material.conversations)]
     if not taught:
         raise DataError(
             "the teacher passed none of its own answers and no records were given",

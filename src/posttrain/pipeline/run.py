@@ -10,6 +10,7 @@ from typing import Any
 
 from posttrain.agents import World, load_world
 from posttrain.contract import Contract
+from posttrain.contract.rendering import Renderer
 from posttrain.evaluation import RunSummary, Scorecard, Suite, Verdict, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
@@ -62,6 +63,7 @@ class _Run:
         self.registry = Registry(output / "registry")
         self.channels = Channels(self.registry)
         self.parents = Parents(self.registry, recipe.base, output / "weights", self.dtype)
+        self.renderings = output / "rendered"
         wanted = recipe.evaluation
         suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
         self.measurer = Measurer(wanted, self.world, suite, console)
@@ -71,7 +73,7 @@ class _Run:
         material = {stage.name: gather(stage, self.world, self.recipe.seed) for stage in self.recipe.stages}
         contract = Contract.load(resolve_base(self.recipe.base))
         for stage in self.recipe.stages:
-            check_material(stage, material[stage.name], contract)
+            check_material(stage, material[stage.name], Renderer(contract, self.renderings), self.console)
         road = self._base()
         for stage in self.recipe.stages:
             road = self._stage(stage, material[stage.name], road)
@@ -160,6 +162,7 @@ class _Run:
             self.recipe.pack_tokens,
             log,
             clock.part,
+            renderings=self.renderings,
         )
 
     def _finish(self, name: str, card: Scorecard, verdict: Verdict | None, done: Mapping[str, Any]) -> None:

@@ -211,13 +211,13 @@ def fill_packs(sequences: Seq[Sequence], budget: int, units: Iterable[Seq[int]] 
     """Fill packs of at most `budget` distinct tokens. `units` are lists of indices that must stay in one pack (a preference
     pair, a group of samples); by default every sequence is its own unit. A unit larger than the budget gets a pack of its own.
 
-    Units are placed in the order given (the stage shuffles); each goes to the open pack it shares the most with and still fits.
+    Units are placed longest first (best-fit decreasing); each goes to the open pack it shares the most with and still fits.
     """
     whole = [[i] for i in range(len(sequences))] if units is None else [list(unit) for unit in units]
     packs: list[list[int]] = []
     sizes: list[int] = []
-    for unit in whole:
-        own = _cost([], unit, sequences)
+    owns = [_cost([], unit, sequences) for unit in whole]
+    for own, unit in sorted(zip(owns, whole, strict=True), key=lambda pair: -pair[0]):
         costs = [_cost(pack, unit, sequences) for pack in packs]
         fitting = [index for index, cost in enumerate(costs) if sizes[index] + cost <= budget]
         for index in sorted(fitting, key=lambda i: costs[i] - own):

@@ -17,6 +17,7 @@ import numpy as np
 
 from posttrain.contract import Contract
 from posttrain.contract import Sequence as Rendered
+from posttrain.contract.rendering import Renderer
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 from posttrain.training import Checkpointer, Learner, Objective
@@ -36,7 +37,7 @@ def _trust(step: int, metrics: Mapping[str, float]) -> str | None:
 class Workbench:
     """policy: the accepted parent's weights; folder: where checkpoints go; identity: hash of options, data and parent; pack_tokens:
     size of a pack; log: one line of metrics a step; clock: `with clock("sample")` counts time apart; watch: drift and guardrails,
-    returns a reason to stop early or None."""
+    returns a reason to stop early or None; renderings: folder of what was rendered before."""
 
     policy: Policy
     contract: Contract
@@ -47,6 +48,11 @@ class Workbench:
     log: Log = _quiet
     clock: Callable[[str], AbstractContextManager[object]] = nullcontext
     watch: Watch = _trust
+    renderings: Path | None = None
+
+    @property
+    def renderer(self) -> Renderer:
+        return Renderer(self.contract, self.renderings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -61,18 +61,68 @@ def run(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbenc
     return stopped
 
 
-def work_of(options: PreferenceOptions, sides: Sequence[Rendered], learner: Learner, pack_tokens: int) -> Work:
-    """One step over the pairs whose chosen and rejected sequences are `sides`, in turn. The reference is computed here, once a pair."""
-    units = [(i, i + 1) for i in range(0, len(sides), 2)]
-    packs = fill_packs(sides, pack_tokens, units)  # a pair's prompt once, and pairs stay pairs
-    references = {id(pack): learner.reference_logprobs(pack) for pack in packs}
-    size = StepSize(len(units), learned_weight(sides[::2]))
-    return Work(packs, lambda scored: _objective(scored, references[id(scored.pack)], options, size))
+def work_of(
+    options: PreferenceOptions,
+    sides: Sequence[Rendered],
+    learner: Learner,
+    pack_tokens: int,
+    references: Sequence[Tensor] | None = None,
+) -> Work:
+    """One step over the pairs whose chosen and rejected sequences are `sides`, in turn. references[i]: the reference's
+    log-probabilities of the learned tokens of sides[i]; None: computed here."""
+    packs = _packs(sides, pack_tokens)
+    known = _reference(packs, learner) if references is None else dict(enumerate(references))
+    size = StepSize(len(sides) // 2, learned_weight(sides[::2]))
+    return Work(packs, lambda scored: _objective(scored, known, options, size))
 
 
-def check(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbench) -> list[Rendered]:
+class References:
+    """The reference's log-probabilities of pairs, computed once per pair and run: in the packs of the step that has the pair first,
+    also when a resumed run meets it later, so that they have the same bits."""
+
+    def __init__(self, sequences: Sequence[Rendered], plan: Sequence[Sequence[int]], learner: Learner, pack_tokens: int) -> None:
+        self._sequences, self._plan, self._learner, self._pack_tokens = sequences, plan, learner, pack_tokens
+        self._first: dict[int, int] = {}
+        for step, pairs in enumerate(plan):
+            for pair in pairs:
+                self._first.setdefault(pair, step)
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, pairs: Sequence[int]) -> list[Tensor]:
+        """Chosen and rejected of each pair, in turn."""
+        for pair in pairs:
+            if pair not in self._known:
+                self._compute(self._plan[self._first[pair]])
+        return [side for pair in pairs for side in self._known[pair]]
+
+    def _compute(self, pairs: Sequence[int]) -> None:
+        found = _reference(_packs(_both(self._sequences, pairs), self._pack_tokens), self._learner)
+        for place, pair in enumerate(pairs):
+            self._known.setdefault(pair, (found[2 * place], found[2 * place + 1]))
+
+
+def _both(sequences: Sequence[Rendered], pairs: Sequence[int]) -> list[Rendered]:
+    return [sequences[2 * pair + side] for pair in pairs for side in (0, 1)]
+
+
+def _packs(sides: Sequence[Rendered], pack_tokens: int) -> list[Pack]:
+    """A pair's prompt once, and pairs stay pairs."""
+    return fill_packs(sides, pack_tokens, [(i, i + 1) for i in range(0, len(sides), 2)])
+
+
+def _reference(packs: Sequence[Pack], learner: Learner) -> dict[int, Tensor]:
+    """The reference's log-probabilities by member, of its learned tokens in order."""
+    found = {}
+    for pack in packs:
+        values = learner.reference_logprobs(pack)
+        for place, member in enumerate(pack.members):
+            found[member] = values[(pack.sequence == place).to(values.device)]
+    return found
+
+
+def check(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbench) -> Sequence[Rendered]:
     """Rendered sequences, chosen and rejected in turn. Refuses what cannot teach: over-long, mute or equal sides."""
-    sequences = [side for pair in pairs for side in bench.contract.render_preference(pair)]
+    sequences = bench.renderer.preferences(pairs)
     names = [f"{pair.id} ({side})" for pair in pairs for side in ("chosen", "rejected")]
     preflight(zip(names, sequences, strict=True), max_tokens=options.max_tokens, end_of_turn=bench.contract.end_of_turn)
     same = [pair.id for i, pair in enumerate(pairs) if sequences[2 * i].ids.tolist() == sequences[2 * i + 1].ids.tolist()]
@@ -85,9 +135,12 @@ def check(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbe
     return sequences
 
 
-def _objective(scored: Scored, reference: Tensor, options: PreferenceOptions, size: StepSize) -> tuple[Tensor, Metrics]:
+def _objective(scored: Scored, known: Mapping[int, Tensor], options: PreferenceOptions, size: StepSize) -> tuple[Tensor, Metrics]:
     logp = scored.padded_logprobs()
-    mask, reference = scored.pack.mask(), scored.pack.pad(reference)
+    mask = scored.pack.mask()
+    reference = torch.zeros_like(mask, device=logp.device)
+    for place, member in enumerate(scored.pack.members):
+        reference[place, : len(known[member])] = known[member]
     chosen, rejected = _sides(scored.pack)
     sums, reference_sums = logp.sum(1), reference.sum(1)
     loss, metrics = dpo(

@@ -29,9 +29,9 @@ class SftOptions:
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=1.5e-3))
 
 
-def check(options: SftOptions, conversations: Sequence[Conversation], bench: Workbench) -> tuple[list[Rendered], Preflight]:
+def check(options: SftOptions, conversations: Sequence[Conversation], bench: Workbench) -> tuple[Sequence[Rendered], Preflight]:
     """Render everything and refuse what would train wrongly, before any training starts."""
-    rendered = [bench.contract.render(conversation) for conversation in conversations]
+    rendered = bench.renderer.conversations(conversations)
     names = [conversation.id for conversation in conversations]
     return rendered, preflight(
         zip(names, rendered, strict=True), max_tokens=options.max_tokens, end_of_turn=bench.contract.end_of_turn
