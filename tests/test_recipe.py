@@ -62,6 +62,8 @@ def test_numbers_words_and_booleans_are_read_as_written(tmp_path: Path) -> None:
         (SMALL.replace("min_gain", "min_gian"), ("'min_gian'", "'min_gain'", "gate.targets[0]")),
         (SMALL.replace("n: 8", "n: 0"), ("greater than 0",)),
         (SMALL.replace("n: 8", "n: many"), ("many",)),
+        (SMALL.replace("batch: 4", "batch: 0"), ("batch", "greater than or equal to 1", "stages[0] (sft).options")),
+        (SMALL.replace("lr: 1e-3", "lr: -1e-3"), ("optimiser.lr", "greater than 0")),
         (SMALL + "seed: 1\nseed: 2\n", ("twice", "seed")),
         ("- a\n- b\n", ("not a mapping",)),
         ("name: [", ("not YAML",)),

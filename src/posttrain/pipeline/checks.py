@@ -15,6 +15,7 @@ from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.policy.base import free_bytes, resolve_base
 from posttrain.recipe import Recipe, StageRecipe, stage_options
+from posttrain.stages.distill import DistillOptions, kept_layers
 from posttrain.stages.reason import ReasonOptions, check_tasks
 
 # merged parents, releases and checkpoints of one stage, as multiples of the base's own files
@@ -27,6 +28,7 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
     folder = resolve_base(recipe.base)
     contract = Contract.load(folder)
     yield f"base: {folder} ({contract.template.name}, {contract.vocabulary_size} tokens)"
+    check_depth(recipe, folder)
     check_disk(recipe, folder)
     yield f"disk: {free_bytes(Path(recipe.output)) / 1e9:.1f} GB free"
     world = load_world(recipe.world)
@@ -36,6 +38,17 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
     suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
     longest = max((len(contract.prompt_ids(task.messages, task.tools)) for task in suite.tasks), default=0)
     yield f"suite: {len(suite.tasks)} tasks, longest prompt {longest} tokens"
+
+
+def check_depth(recipe: Recipe, base: Path) -> None:
+    """Raise RecipeError when a student would keep more layers than the base has. (Its teacher, a student itself, may have fewer.)"""
+    from transformers import AutoConfig
+
+    depth = int(AutoConfig.from_pretrained(base).get_text_config().num_hidden_layers)
+    for stage in recipe.stages:
+        options = stage_options(stage)
+        if isinstance(options, DistillOptions):
+            kept_layers(depth, options, where=f"stages.{stage.name}.options.layers")
 
 
 def check_disk(recipe: Recipe, base: Path) -> None:

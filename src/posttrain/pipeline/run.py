@@ -14,7 +14,7 @@ from posttrain.contract.rendering import Renderer
 from posttrain.evaluation import RunSummary, Scorecard, Suite, Verdict, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
-from posttrain.pipeline.checks import check_disk, check_material
+from posttrain.pipeline.checks import check_depth, check_disk, check_material
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.folder import Clock, RunFolder, peak_memory_mb
 from posttrain.pipeline.material import Material, gather
@@ -57,6 +57,7 @@ class _Run:
         self.recipe, self.folder, self.console = recipe, folder, console
         prepare_process(recipe.threads)
         self.dtype = parse_dtype(recipe.dtype)
+        check_depth(recipe, resolve_base(recipe.base))
         check_disk(recipe, resolve_base(recipe.base))
         self.world: World = load_world(recipe.world)
         output = Path(recipe.output)

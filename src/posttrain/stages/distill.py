@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from posttrain.contract import Sequence as Rendered
@@ -20,6 +22,7 @@ from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.policy.refit import refit
 from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
+from posttrain.ranges import Count, NonNegative, Positive, Share, Whole
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
 from posttrain.stages.sft import SftObjective
 from posttrain.training import Learner, OptimiserOptions, Scored
@@ -32,23 +35,23 @@ class DistillOptions:
     answers: share of the steps that learn the teacher's answers (sequence-level KD, Kim & Rush 2016) before the distributions;
     alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015)."""
 
-    layers: int = 16
-    keep_first: int = 1
-    refit: float = 0.1
-    batch: int = 16
-    epochs: float = 1.0
-    answers: float = 0.3
-    alpha: float = 0.9
-    temperature: float = 1.0
+    layers: Annotated[int, Field(ge=2)] = 16
+    keep_first: Whole = 1
+    refit: NonNegative = 0.1
+    batch: Count = 16
+    epochs: Positive = 1.0
+    answers: Share = 0.3
+    alpha: Share = 0.9
+    temperature: Positive = 1.0
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=5e-4))
 
 
-def kept_layers(total: int, options: DistillOptions) -> tuple[int, ...]:
+def kept_layers(total: int, options: DistillOptions, where: str = "distill.layers") -> tuple[int, ...]:
     """Indices of the teacher's layers in the student: the first ones, then evenly spaced ones that end with the last."""
     if not 2 <= options.layers <= total or not 0 <= options.keep_first < options.layers:
         raise RecipeError(
             "the student cannot keep that many layers",
-            where="distill.layers",
+            where=where,
             value=options.layers,
             remedy=f"choose 2 to {total}, more than keep_first",
         )

@@ -16,6 +16,7 @@ from posttrain.objectives.preference import dpo, sft_term
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import LoraOptions
+from posttrain.ranges import Count, NonNegative, Positive
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, leash, train
 from posttrain.training import Learner, OptimiserOptions, Scored
 
@@ -25,12 +26,12 @@ class PreferenceOptions:
     """beta: strength of the leash (Rafailov 2023); sft: weight of an NLL term on the chosen answer, which counters the fall of its
     likelihood; max_drift: stop when the mean per-token shift from the reference exceeds this many nats (None: never)."""
 
-    batch: int = 8
-    epochs: float = 1.0
-    beta: float = 0.1
-    sft: float = 0.0
-    max_tokens: int = 1024
-    max_drift: float | None = None
+    batch: Count = 8
+    epochs: Positive = 1.0
+    beta: Positive = 0.1
+    sft: NonNegative = 0.0
+    max_tokens: Count = 1024
+    max_drift: Positive | None = None
     adapter: LoraOptions = field(default_factory=LoraOptions)
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=2e-4))
 

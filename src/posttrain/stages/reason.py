@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from posttrain.contract import Sequence as Rendered
@@ -17,6 +18,7 @@ from posttrain.objectives.policy_loss import PolicyTerms, dr_grpo, grpo
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import LoraOptions
+from posttrain.ranges import Count, NonNegative, Positive, Share, Whole
 from posttrain.stages import sft
 from posttrain.stages.bench import Work, Workbench, batches, derive, leash, train
 from posttrain.training import Learner, OptimiserOptions, Scored
@@ -31,12 +33,12 @@ class CollectOptions:
     """Rejection sampling (ReST-EM's E-step): K samples a task, the passed ones kept, at most `cap` distinct ones a task, and
     `easy_cap` where every sample passed: there the policy learns nothing new, but it keeps what it can."""
 
-    tasks: int = 48
-    samples: int = 4
-    cap: int = 2
-    easy_cap: int = 2
-    epochs: float = 2.0
-    batch: int = 16
+    tasks: Whole = 48
+    samples: Count = 4
+    cap: Count = 2
+    easy_cap: Whole = 2
+    epochs: Positive = 2.0
+    batch: Count = 16
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=8e-4))
 
 
@@ -46,15 +48,15 @@ class GrpoOptions:
     length divisor (Dr.GRPO), the chapter's form. beta weighs the k3 penalty to the parent; max_kl stops the stage when the mean k3
     estimate to the parent, nats per token, exceeds it (None: never). One update per rollout."""
 
-    steps: int = 6
-    tasks: int = 8
-    group: int = 8
+    steps: Whole = 6
+    tasks: Count = 8
+    group: Annotated[int, Field(ge=2)] = 8  # an advantage is against the other answers to the same prompt
     advantage: Literal["grpo", "centred"] = "grpo"
-    beta: float = 0.0
-    eps_low: float = 0.2
-    eps_high: float = 0.2
-    max_len: int = 128
-    max_kl: float | None = None
+    beta: NonNegative = 0.0
+    eps_low: Share = 0.2
+    eps_high: Positive = 0.2
+    max_len: Count = 128
+    max_kl: Positive | None = None
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=2e-4, warmup=0.1))
 
 
@@ -66,8 +68,8 @@ class ReasonOptions:
     adapter: LoraOptions = field(default_factory=LoraOptions)
     collect: CollectOptions = field(default_factory=CollectOptions)
     grpo: GrpoOptions = field(default_factory=GrpoOptions)
-    max_tokens: int = 1024
-    temperature: float = 1.0
+    max_tokens: Count = 1024
+    temperature: Positive = 1.0
 
 
 def check_tasks(options: ReasonOptions, tasks: Sequence[Task], where: str = "reason.data") -> None:

@@ -14,6 +14,7 @@ from posttrain.objectives.supervised import sft_ce
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import LoraOptions
+from posttrain.ranges import Count, Positive
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
 from posttrain.training import Learner, OptimiserOptions, Scored
 
@@ -22,9 +23,9 @@ from posttrain.training import Learner, OptimiserOptions, Scored
 class SftOptions:
     """batch: records per step; epochs may be fractional; max_tokens: a longer record is an error, never a silent cut."""
 
-    batch: int = 24
-    epochs: float = 1.0
-    max_tokens: int = 1024
+    batch: Count = 24
+    epochs: Positive = 1.0
+    max_tokens: Count = 1024
     adapter: LoraOptions = field(default_factory=LoraOptions)
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=1.5e-3))
 

@@ -4,6 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from posttrain.ranges import NonNegative, Positive, Share
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,15 +21,15 @@ class OptimiserOptions:
     B, which starts at zero and should move faster than A (LoRA+, Hayou 2024); 1 is plain LoRA.
     """
 
-    lr: float = 1e-3
-    warmup: float = 0.05
-    floor: float = 0.05
-    clip: float = 1.0
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.0
-    eps: float = 1e-8
-    lora_plus: float = 1.0
+    lr: Positive = 1e-3
+    warmup: Share = 0.05
+    floor: Share = 0.05
+    clip: Positive = 1.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.99
+    weight_decay: NonNegative = 0.0
+    eps: Positive = 1e-8
+    lora_plus: Positive = 1.0
 
 
 def learning_rate(options: OptimiserOptions, step: int, total: int) -> float:
