@@ -73,10 +73,9 @@ def test_an_adapter_of_the_top_blocks_leaves_the_lower_ones_alone(policy: Policy
     torch.testing.assert_close(logprobs(other), logprobs(policy), atol=2e-2, rtol=0)
 
 
-@pytest.mark.parametrize("top", [0, 4])
-def test_more_blocks_than_there_are_cannot_be_adapted(policy: Policy, top: int) -> None:
-    with pytest.raises(BaseModelError, match="number of blocks"):
-        policy.add_adapter("main", LoraOptions(rank=4, top=top), seed=1)
+def test_a_shallower_model_than_the_top_is_adapted_as_a_whole(policy: Policy) -> None:
+    policy.add_adapter("main", LoraOptions(rank=4, top=20), seed=1)
+    assert len(policy.adapter_parameters("main")) == 7 * 2 * 3
 
 
 def test_named_targets_limit_the_adapter(policy: Policy) -> None:

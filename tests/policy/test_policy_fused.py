@@ -21,7 +21,7 @@ PACK = Pack.of([sequence(TRUNK + random_ids(n, RNG), range(30, 40 + n)) for n in
 def policy(family: str, plain: bool, monkeypatch: pytest.MonkeyPatch) -> Policy:
     with monkeypatch.context() as patch:
         if plain:
-            patch.setattr("posttrain.policy.policy.install", lambda model: None)
+            patch.setattr("posttrain.policy.policy.install", lambda model, mix: None)
         made = Policy(tiny_model(family))
         made.add_adapter("a", LoraOptions(rank=4), seed=3)
         made.add_adapter("b", LoraOptions(rank=2), seed=4)
@@ -144,5 +144,5 @@ def test_the_norms_gradient_agrees_with_finite_differences(monkeypatch: pytest.M
 
 def test_modules_of_unknown_kinds_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
-    fused.install(model)
+    fused.install(model, fused.Mix())
     assert all("forward" not in vars(module) for module in model.modules())

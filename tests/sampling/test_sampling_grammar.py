@@ -14,6 +14,7 @@ from posttrain.data.records import Message, StopReason, ToolSpec
 from posttrain.grammar import Grammar, GrammarEngine, json_grammar, turn_grammar
 from posttrain.policy import Pack, Policy
 from posttrain.sampling import EngineOptions, LocalSampler, Sample, SampleOptions, SampleRequest
+from posttrain.sampling.decoder import Decoder
 from tiny_models import sequence, tiny_model
 
 SCHEMA: dict[str, Any] = {
@@ -157,8 +158,8 @@ def test_log_probabilities_of_tokens_that_were_chosen_are_the_learners(
 def test_jumping_runs_the_model_less_often_for_the_same_kind_of_document(
     contract: Contract, policy: Policy, grammars: GrammarEngine, prompt: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inner, passes = policy.forward, []
-    monkeypatch.setattr(policy, "forward", lambda *a: passes.append(1) or inner(*a))
+    inner, passes = Decoder.infer, []
+    monkeypatch.setattr(Decoder, "infer", lambda *a: passes.append(1) or inner(*a))
     counts = {}
     for jump in (True, False):
         passes.clear()

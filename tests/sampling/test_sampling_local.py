@@ -204,6 +204,33 @@ def test_adapters_may_be_mixed_in_one_call() -> None:
         assert LocalSampler(policy, END).sample([SampleRequest(SHARED[0], 0, greedy, adapter=name)])[0].ids == ids
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("names", [("none", "a", "b"), ("a",)], ids=["three", "one"])
+def test_groups_of_several_adapters_decode_together_as_each_request_alone(family: str, names: tuple[str, ...]) -> None:
+    """Samples of one prompt on trunks of their own, beside other prompts, in rows that are refilled."""
+    engine = sampler(family, max_rows=7)
+    for seed, (name, top) in enumerate((("a", None), ("b", 1))):
+        engine.policy.add_adapter(name, LoraOptions(rank=4, top=top), seed)
+        for _, parameter in sorted(engine.policy.adapter_parameters(name).items()):
+            parameter.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(seed))
+    prompts = [*SHARED[:2] * 5, *SHARED[2:6], tuple(TRUNK * 2)] + [APART[0]] * 4
+    adapters = [None if name == "none" else name for name in names]
+    asked = [replace(r, adapter=adapters[i % len(adapters)]) for i, r in enumerate(requests(prompts))]
+    for request, got in zip(asked, engine.sample(asked), strict=True):
+        (alone,) = engine.sample([request])
+        assert (got.ids, got.stop) == (alone.ids, alone.stop)
+        assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_an_adapter_of_another_kind_decodes_apart() -> None:
+    policy = Policy(tiny_model())
+    for name in ("plain", "dora"):
+        policy.add_adapter(name, LoraOptions(rank=2), 1)
+    for layer in policy._lora_layers():
+        layer.use_dora["dora"] = True
+    assert policy.mixes("plain") and policy.mixes(None) and not policy.mixes("dora")
+
+
 def test_an_unknown_adapter_is_refused_and_never_replaced_by_the_base() -> None:
     policy = Policy(tiny_model())
     policy.add_adapter("bank_a", LoraOptions(rank=4), 0)

@@ -50,7 +50,7 @@ class TreeAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         if self.sink is not None:
-            self.sink[layer] = (k, v)
+            self.sink[layer] = (_own(k), _own(v))
         # split once, not sliced per node: the gradient of a slice is a zero tensor of the whole pack
         queries, keys, values = (torch.split(tensor, self._sizes, dim=2) for tensor in (q, k, v))
         outputs = []
@@ -72,6 +72,12 @@ class TreeAttention:
                 allowed &= k_positions > q_positions - window
             self._masks[index, window] = allowed
         return self._masks[index, window]
+
+
+def _own(kept: Tensor) -> Tensor:
+    """[1, Hkv, T, D] that does not keep a larger tensor alive, token by token in memory."""
+    alone = kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+    return kept if alone else kept.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _join(parts: tuple[Tensor, ...], path: list[int]) -> Tensor:

@@ -6,13 +6,17 @@ intermediate to memory. Here W' = W + s B A is formed once per update, the forwa
 pass is one more, with the thin products for A and B (Hu 2021, eq. 3). MLPs and norms run over blocks of tokens that stay in cache.
 
 The numbers are those of the plain modules up to the rounding of sums, which is why this is done in float32 only: in bf16 a rounded
-W' would swallow small adapters. Whatever does not fit (other types, several adapters at once, trained base weights) takes the
+W' would swallow small adapters. Whatever does not fit (other types, trained base weights, adapters of other kinds) takes the
 plain path, module by module.
+
+Without gradients, the tokens of one pass may belong to several adapters (`Mix`): the product with W is one, the thin products are each
+adapter's own (Chen 2023, Punica).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,18 +28,28 @@ _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 _MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 
 
-def install(model: nn.Module) -> None:
+@dataclass(slots=True)
+class Mix:
+    """Whose tokens the next passes hold: per adapter the indices of its tokens (None: all of them). Tokens of no adapter are the base's.
+    None: the active adapter's, as PEFT has it."""
+
+    shares: list[tuple[str, Tensor | None]] | None = field(default=None)
+
+
+def install(model: nn.Module, mix: Mix) -> None:
     """Give every module of a known kind its fused forward. Calling it again after adapters were added is safe and needed."""
-    if next(model.parameters()).device.type != "cpu":
-        return
+    on_cpu = next(model.parameters()).device.type == "cpu"
     for module in model.modules():
         kind = type(module).__name__
-        if kind in _MLPS and type(getattr(module, "act_fn", None)).__name__ in ("SiLUActivation", "SiLU"):
+        if is_lora(module):
+            vars(module)["_posttrain_mix"] = mix
+            _shadow(module, _lora_forward)
+        elif not on_cpu:
+            continue
+        elif kind in _MLPS and type(getattr(module, "act_fn", None)).__name__ in ("SiLUActivation", "SiLU"):
             _shadow(module, _mlp_forward)
         elif kind in _NORMS:
             _shadow(module, _norm_forward)
-        elif _is_lora(module):
-            _shadow(module, _lora_forward)
 
 
 def _shadow(module: Any, forward: Callable[..., Tensor]) -> None:
@@ -56,7 +70,8 @@ class _Factors:
         self.weight, self.bias, self.a, self.b, self.scale = weight, bias, a, b, scale
 
 
-def _is_lora(module: Any) -> bool:
+def is_lora(module: Any) -> bool:
+    """Whether PEFT adapted this linear layer."""
     return hasattr(module, "lora_A") and hasattr(module, "base_layer") and isinstance(module.base_layer, nn.Linear)
 
 
@@ -64,18 +79,16 @@ def _factors(module: Any) -> _Factors | None:
     """The factors of a frozen float32 layer with at most one plain LoRA adapter; None: take the plain path."""
     if type(module) is nn.Linear:
         return _Factors(module.weight, module.bias) if _plain(module) else None
-    if not _is_lora(module) or not _plain(module.base_layer) or module.merged:
+    if not is_lora(module) or not _plain(module.base_layer) or module.merged:
+        return None
+    if module._posttrain_mix.shares is not None:
         return None
     base = module.base_layer
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
     if not active:
         return _Factors(base.weight, base.bias)
     name = active[0]
-    simple = (
-        len(active) == 1 and not module.use_dora.get(name, False) and isinstance(module.lora_dropout[name], nn.Identity)
-        and name not in module.lora_variant and module.lora_B[name].bias is None
-    )  # fmt: skip
-    if not simple:
+    if len(active) > 1 or not is_simple(module, name):
         return None
     a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name])
     if a.dtype != torch.float32:
@@ -83,8 +96,17 @@ def _factors(module: Any) -> _Factors | None:
     return _Factors(_merged(module, name, base.weight, a, b, scale), base.bias, a, b, scale)
 
 
+def is_simple(module: Any, name: str) -> bool:
+    """Whether the adapter adds s B A x to this layer and nothing else."""
+    return (
+        not module.use_dora.get(name, False) and isinstance(module.lora_dropout[name], nn.Identity)
+        and name not in module.lora_variant and module.lora_B[name].bias is None
+    )  # fmt: skip
+
+
 def _plain(layer: nn.Linear) -> bool:
-    return layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
+    weight = layer.weight
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.requires_grad
 
 
 def _merged(module: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -101,12 +123,29 @@ def _merged(module: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale:
 
 
 def _lora_forward(module: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if module._posttrain_mix.shares is not None:
+        return _mixed_forward(module, module._posttrain_mix.shares, x)
     f = None if args or kwargs or x.dtype != torch.float32 else _factors(module)
     if f is None:
         return plain(x, *args, **kwargs)
     if f.a is None or f.b is None or not torch.is_grad_enabled() or not (x.requires_grad or f.a.requires_grad):
         return F.linear(x, f.weight, f.bias)
     out: Tensor = _LoraLinear.apply(x, f.weight, f.bias, f.a, f.b, f.scale)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _mixed_forward(module: Any, shares: list[tuple[str, Tensor | None]], x: Tensor) -> Tensor:
+    """x [1, T, in] -> [1, T, out]: W x, and to each adapter's tokens its s B A x."""
+    out: Tensor = module.base_layer(x)
+    for name, tokens in shares:
+        if name not in module.lora_A:
+            continue  # an adapter of other layers
+        own = x[0] if tokens is None else x[0, tokens]
+        added = F.linear(F.linear(own, module.lora_A[name].weight), module.lora_B[name].weight) * module.scaling[name]
+        if tokens is None:
+            out[0] += added
+        else:
+            out[0].index_add_(0, tokens, added)
     return out
 
 

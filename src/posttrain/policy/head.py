@@ -31,9 +31,9 @@ class Head:
     def vocabulary(self) -> int:
         return int(self.weight.shape[0])
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden] -> [n, V] float32."""
-        out = torch.nn.functional.linear(hidden, self.weight, self.bias).float()
+    def logits(self, hidden: Tensor, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """[n, hidden] -> [n, V] float32. `product`: another way to h W^T + bias."""
+        out = (torch.nn.functional.linear(hidden, self.weight, self.bias) if product is None else product(hidden)).float()
         if self.scale != 1.0:
             out = out * self.scale
         return out if self.cap is None else self.cap * torch.tanh(out / self.cap)

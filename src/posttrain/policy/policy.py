@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError, BindingError
 from posttrain.policy.attention import NAME, TreeAttention
-from posttrain.policy.fused import install
+from posttrain.policy.fused import Mix, install, is_simple
 from posttrain.policy.head import Head
+from posttrain.policy.inference import Inference
 from posttrain.policy.pack import Pack
 from posttrain.policy.weights import fingerprint
+from posttrain.ranges import Count, Positive
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +34,15 @@ _SPARED = ["out_proj", "conv1d"]  # of such layers, which PEFT refuses to adapt:
 class LoraOptions:
     """Hu 2021: W' = W + (alpha / r) B A. `targets` 'all-linear' adapts every linear layer but the output head.
 
-    `top`: adapt only the last so many blocks; the backward pass ends below them. None: all blocks.
+    `top`: adapt only the last so many blocks, all of a model that has no more (a student, say); the backward pass ends below them.
+    None: all blocks.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: Count = 16
+    alpha: Positive = 32.0
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
-    top: int | None = None
+    top: Count | None = None
 
 
 class Policy:
@@ -54,12 +57,14 @@ class Policy:
         self.model: Any = model  # becomes the PEFT wrapper with the first adapter
         self.folder = folder
         self._fingerprint: str | None = None
+        self._mix = Mix()
+        self._inference: Inference | None = None
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
         if self.packs:
             self.base.set_attn_implementation(NAME)
-            install(self.base)
+            install(self.base, self._mix)
         self.head = Head.of(model)
 
     @classmethod
@@ -134,7 +139,7 @@ class Policy:
             else:
                 self.model = get_peft_model(self.base, config, adapter_name=name, autocast_adapter_dtype=False)
         self.model.eval()
-        install(self.base)
+        install(self.base, self._mix)
         for parameter in self.adapter_parameters(name).values():
             parameter.requires_grad_(False)
         self.use(name)
@@ -145,16 +150,12 @@ class Policy:
             spared = {} if self.packs else {"exclude_modules": _SPARED}
             return {"target_modules": options.targets if isinstance(options.targets, str) else list(options.targets), **spared}
         blocks = int(self.config.get_text_config().num_hidden_layers)
-        if not 1 <= options.top <= blocks:
-            raise BaseModelError(
-                "no such number of blocks to adapt", where="adapter.top", value=options.top, remedy=f"from 1 to {blocks}, or none"
-            )
         linear = [name for name, module in self.base.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]
         inner = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".layers." in f".{name}"}
         names = inner if options.targets == "all-linear" else options.targets
         return {
             "target_modules": [names] if isinstance(names, str) else sorted(names),
-            "layers_to_transform": list(range(blocks - options.top, blocks)),
+            "layers_to_transform": list(range(max(0, blocks - options.top), blocks)),
             "layers_pattern": "layers",
         }
 
@@ -177,7 +178,7 @@ class Policy:
             parameter.data = parameter.data.to(self.dtype)
             parameter.requires_grad_(False)
         self.model.eval()
-        install(self.base)
+        install(self.base, self._mix)
         self.use(name)
 
     def save_adapter(self, name: str, folder: Path, base_name: str) -> None:
@@ -231,6 +232,24 @@ class Policy:
         for parameter, flag in before:
             parameter.requires_grad_(flag)
 
+    @contextmanager
+    def mixed(self, shares: Sequence[tuple[str | None, Tensor | None]]) -> Iterator[None]:
+        """Inside, a pass (without gradients) computes each token with its own adapter: `shares` are adapters with the indices of their
+        tokens (None: all tokens). BindingError for an adapter that is not there."""
+        for name, _ in shares:
+            if name is not None and name not in self.adapters:
+                self.use(name)  # raises
+        before, self._mix.shares = self._mix.shares, [(name, tokens) for name, tokens in shares if name is not None]
+        try:
+            yield
+        finally:
+            self._mix.shares = before
+
+    def mixes(self, name: str | None) -> bool:
+        """Whether tokens of this adapter may share a pass with those of others: plain LoRA in every layer it adapts."""
+        layers = (layer for layer in self._lora_layers() if name in layer.lora_A)
+        return name is None or all(is_simple(layer, name) and not layer.merged for layer in layers)
+
     def _lora_layers(self) -> list[Any]:
         if not self.adapters:
             return []
@@ -282,6 +301,12 @@ class Policy:
         name = "cache_params" if "cache_params" in known else "past_key_values"
         out = self.base.base_model(input_ids=ids[None].to(self.device), use_cache=True, **{name: cache})
         return out.last_hidden_state[0], getattr(out, name)
+
+    def inference(self) -> Inference | None:
+        """The base arranged for decoding, None where it cannot be; kept from the first call on while its weights stay as they are."""
+        if self._inference is None or self._inference.stale:
+            self._inference = Inference.of(self.base) if self.packs else None
+        return self._inference
 
     def states(self, pack: Pack, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and the residual stream [T, hidden] after each of the given blocks."""

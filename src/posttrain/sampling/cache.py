@@ -1,4 +1,4 @@
-"""Key/value cache of a decoding batch: one shared trunk, one private strip per row, attention merged from the two.
+"""Key/value cache of a decoding batch: trunks that rows share, one private strip per row, attention merged from the two.
 
 Axis letters: R rows, N new tokens (flat, all rows), n new tokens of one row, G query heads per key head, S cached tokens, P trunk
 tokens, D head size, L layers.
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from posttrain.policy.pack import Pack
-
 
 @dataclass(slots=True)
 class Trunk:
@@ -24,39 +22,55 @@ class Trunk:
 
 
 class Cache:
-    """Private strips keys[l], values[l] [rows, Hkv, capacity, D]; `lengths` [rows] counts the tokens each row holds."""
+    """Private strips keys[l], values[l] [rows, Hkv, capacity, D]; `lengths` [rows] counts the tokens each row holds after its trunk,
+    `trunk_of` [rows] says which of `trunks` that is. The strips' memory is taken when the first keys and values show their shape."""
 
-    def __init__(self, trunk: Trunk, layers: int, rows: int, capacity: int) -> None:
-        kv_heads, _, size = trunk.keys[0].shape
-        like = trunk.keys[0]
-        self.trunk = trunk
-        self.keys = [like.new_zeros(rows, kv_heads, capacity, size) for _ in range(layers)]
-        self.values = [like.new_zeros(rows, kv_heads, capacity, size) for _ in range(layers)]
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.trunks: list[Trunk] = []
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
         self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.trunk_of = torch.zeros(rows, dtype=torch.int64)
 
-    def fill(self, first: int, prompts: list[Tensor], sink: dict[int, tuple[Tensor, Tensor]]) -> None:
-        """Copy prefilled prompts, each given by the pack rows that follow the trunk, into the rows from `first` on."""
+    def add(self, trunk: Trunk) -> int:
+        """Take in a trunk; its number."""
+        self.trunks.append(trunk)
+        return len(self.trunks) - 1
+
+    def fill(self, first: int, prompts: list[Tensor], trunks: list[int], sink: dict[int, tuple[Tensor, Tensor]]) -> None:
+        """Copy prefilled prompts, each given by the pack rows that follow its trunk, into the rows from `first` on."""
         counts = torch.tensor([len(rows) for rows in prompts])
         source = torch.cat(prompts)
         row = torch.repeat_interleave(torch.arange(first, first + len(prompts)), counts)
         slot = torch.cat([torch.arange(int(count)) for count in counts])
+        if not self.keys:
+            self._take([sink[layer][0][0] for layer in sorted(sink)])
         for layer, (k, v) in sink.items():  # [T, Hkv, D] is how they lie in memory: whole tokens are copied
             self.keys[layer][row, :, slot] = k[0].transpose(0, 1)[source]
             self.values[layer][row, :, slot] = v[0].transpose(0, 1)[source]
         self.lengths[first : first + len(prompts)] = counts
+        self.trunk_of[first : first + len(prompts)] = torch.tensor(trunks)
+
+    def _take(self, like: list[Tensor]) -> None:
+        """Allocate for layers with keys like these [Hkv, *, D]."""
+        self.keys = [k.new_zeros(self.rows, k.shape[0], self.capacity, k.shape[2]) for k in like]
+        self.values = [torch.zeros_like(k) for k in self.keys]
 
     def copy(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
         """What a row holds: keys and values per layer, [Hkv, length, D]."""
         count = int(self.lengths[row])
         return [k[row, :, :count].clone() for k in self.keys], [v[row, :, :count].clone() for v in self.values]
 
-    def restore(self, row: int, keys: list[Tensor], values: list[Tensor]) -> None:
-        """Give a row what `copy` took."""
+    def restore(self, row: int, keys: list[Tensor], values: list[Tensor], trunk: int) -> None:
+        """Give a row what `copy` took, on the trunk that it hung on."""
         count = keys[0].shape[1]
+        if not self.keys:
+            self._take(keys)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             self.keys[layer][row, :, :count] = k
             self.values[layer][row, :, :count] = v
-        self.lengths[row] = count
+        self.lengths[row], self.trunk_of[row] = count, trunk
 
     def move(self, source: int, target: int) -> None:
         """Overwrite row `target` with row `source`, so that the rows in use stay the first ones."""
@@ -64,7 +78,7 @@ class Cache:
         for tensors in (self.keys, self.values):
             for tensor in tensors:
                 tensor[target, :, :count] = tensor[source, :, :count]
-        self.lengths[target] = count
+        self.lengths[target], self.trunk_of[target] = count, self.trunk_of[source]
 
 
 _TOGETHER = 16  # neighbouring rows that are computed together, padded to the longest of them
@@ -86,10 +100,10 @@ class _Part:
 
 
 class StepAttention:
-    """Attention of one decoding step: new tokens, flat and grouped by row, see the trunk, their row's strip and each other causally.
+    """Attention of one decoding step: new tokens, flat and grouped by row, see their trunk, their row's strip and each other causally.
 
-    Strips and trunk are attended to apart and merged by their log-sum-exps (Juravsky 2024, Hydragen): the trunk's part is one product
-    for the whole batch, the strips' reads what the rows hold and little padding.
+    Strips and trunks are attended to apart and merged by their log-sum-exps (Juravsky 2024, Hydragen): a trunk's part is one product
+    for all its rows, the strips' reads what the rows hold and little padding.
     """
 
     def __init__(self, cache: Cache, counts: list[int]) -> None:
@@ -100,7 +114,14 @@ class StepAttention:
         self._starts = torch.cumsum(new, 0) - new
         self.offset = torch.arange(len(self.row)) - self._starts[self.row]  # index of a token among its row's new tokens
         self.slot = cache.lengths[:rows][self.row] + self.offset  # where in the strip it goes
-        self.positions = self.slot + cache.trunk.length
+        trunk_of = cache.trunk_of[:rows][self.row]
+        self.positions = self.slot + torch.tensor([trunk.length for trunk in cache.trunks])[trunk_of]
+        # trunks with their queries; None: every query
+        self._trunks: list[tuple[Trunk, Tensor | None]] = []
+        for number, trunk in enumerate(cache.trunks):
+            asking = trunk_of == number
+            if trunk.length and asking.any():
+                self._trunks.append((trunk, None if asking.all() else asking.nonzero()[:, 0]))
         self._parts: dict[int | None, list[_Part]] = {}
         self._counts = counts
 
@@ -119,8 +140,12 @@ class StepAttention:
             self._parts[window] = self._split(window)
         for part in self._parts[window]:
             self._strips(part, q_nkgd, keys, values, scale, out, lse)
-        if self.cache.trunk.length:
-            out = self._with_trunk(layer, q_nkgd, scale, window, out, lse)
+        for trunk, asking in self._trunks:
+            if asking is None:
+                out = _with_trunk(trunk, layer, q_nkgd, self.positions, scale, window, out, lse)
+            else:
+                asked = q_nkgd[asking], self.positions[asking]
+                out[asking] = _with_trunk(trunk, layer, *asked, scale, window, out[asking], lse[asking])
         return out.reshape(1, count, heads, size).transpose(1, 2)
 
     def _split(self, window: int | None) -> list[_Part]:
@@ -171,22 +196,25 @@ class StepAttention:
             total = total.view(count, kv_heads, group, part.width).permute(0, 3, 1, 2)[part.local, part.offset]
         out[part.flat], lse[part.flat] = mixed, total
 
-    def _with_trunk(self, layer: int, q: Tensor, scale: float, window: int | None, own: Tensor, own_lse: Tensor) -> Tensor:
-        """The strips' attention merged with that of every query to the one trunk."""
-        trunk, (count, kv_heads, group, size) = self.cache.trunk, q.shape
-        asked = q.permute(1, 0, 2, 3).reshape(1, kv_heads, count * group, size)
-        bias = blind = None
-        if window is not None:
-            near = torch.arange(trunk.length) > self.positions[:, None] - window
-            if not near.any():
-                return own
-            bias = torch.zeros(near.shape, dtype=q.dtype).masked_fill_(~near, float("-inf"))
-            bias, blind = bias.repeat_interleave(group, 0)[None, None], ~near.any(-1)
-        mixed, total = attention_with_lse(asked, trunk.keys[layer][None], trunk.values[layer][None], bias, scale)
-        shared = mixed.view(kv_heads, count, group, size).transpose(0, 1)
-        shared_lse = total.view(kv_heads, count, group).transpose(0, 1)
-        merged = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse).unsqueeze(-1).to(own.dtype))
-        return merged if blind is None else torch.where(blind[:, None, None, None], own, merged)  # blind: the window ends before
+
+def _with_trunk(
+    trunk: Trunk, layer: int, q: Tensor, positions: Tensor, scale: float, window: int | None, own: Tensor, own_lse: Tensor
+) -> Tensor:
+    """The strips' attention `own` [N, Hkv, G, D] merged with that of every query q [N, Hkv, G, D] to the one trunk."""
+    count, kv_heads, group, size = q.shape
+    asked = q.permute(1, 0, 2, 3).reshape(1, kv_heads, count * group, size)
+    bias = blind = None
+    if window is not None:
+        near = torch.arange(trunk.length) > positions[:, None] - window
+        if not near.any():
+            return own
+        bias = torch.zeros(near.shape, dtype=q.dtype).masked_fill_(~near, float("-inf"))
+        bias, blind = bias.repeat_interleave(group, 0)[None, None], ~near.any(-1)
+    mixed, total = attention_with_lse(asked, trunk.keys[layer][None], trunk.values[layer][None], bias, scale)
+    shared = mixed.view(kv_heads, count, group, size).transpose(0, 1)
+    shared_lse = total.view(kv_heads, count, group).transpose(0, 1)
+    merged = torch.lerp(own, shared, torch.sigmoid(shared_lse - own_lse).unsqueeze(-1).to(own.dtype))
+    return merged if blind is None else torch.where(blind[:, None, None, None], own, merged)  # blind: the window ends before
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -206,10 +234,7 @@ def attention_with_lse(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sca
     return torch.matmul(weights.to(v.dtype), v).div_(total.to(v.dtype)), (total.log_() + top)[..., 0]
 
 
-def trunk_of(length: int, pack: Pack | None, sink: dict[int, tuple[Tensor, Tensor]]) -> Trunk:
-    """The first `length` tokens of a prefilled single-sequence pack, as a trunk (length 0: no sharing)."""
-    return Trunk(
-        length,
-        [sink[layer][0][0, :, :length].contiguous() for layer in sorted(sink)],
-        [sink[layer][1][0, :, :length].contiguous() for layer in sorted(sink)],
-    )
+def trunk_of(rows: Tensor, sink: dict[int, tuple[Tensor, Tensor]]) -> Trunk:
+    """The prefilled tokens at these rows of a pack, as a trunk (no rows: no sharing)."""
+    keys, values = ([sink[layer][i][0, :, rows].contiguous() for layer in sorted(sink)] for i in (0, 1))
+    return Trunk(len(rows), keys, values)

@@ -42,6 +42,10 @@ class Prefixes:
             return self.trunk
         return None
 
+    def forget(self) -> None:
+        """Drop everything: the prompts go on from nothing that is remembered."""
+        self.trunk, self.trunk_ids, self.kept, self.used = None, (), [], 0
+
     def start(self, trunk: Trunk, ids: tuple[int, ...]) -> None:
         """Remember a new trunk; strips hang on their trunk, so those of another are dropped."""
         self.trunk, self.trunk_ids = trunk, ids

@@ -77,7 +77,7 @@ class Drawing:
 
 
 class Run(ABC):
-    """One call's requests for one adapter. `waiting` are indices of requests without a row yet."""
+    """Requests of one call that decode together. `waiting` are indices of requests without a row yet."""
 
     def __init__(
         self,
