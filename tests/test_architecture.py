@@ -11,7 +11,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "posttrain"
 
 # top to bottom; a room may import from the lines below its own only
 LINES: tuple[tuple[str, ...], ...] = (
-    ("cli", "__main__"),
+    ("__main__",),
+    ("cli",),
     ("pipeline", "report", "reporting"),
     ("recipe",),
     ("worlds",),
@@ -63,7 +64,11 @@ def test_every_room_is_on_the_map() -> None:
     rooms = {path.relative_to(SOURCE).parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
     assert rooms | {"__main__"} == set(LEVEL)
     page = (SOURCE.parents[1] / "docs" / "architecture.md").read_text("utf-8")
-    assert [room for room in rooms - {"errors", "ranges", "cli", "report", "recipe", "reporting"} if f"{room}/" not in page] == []
+    assert [
+        room
+        for room in rooms - {"errors", "ranges", "cli", "__main__", "report", "recipe", "reporting"}
+        if f"{room}/" not in page
+    ] == []
 
 
 def test_files_can_be_read_in_one_sitting() -> None:

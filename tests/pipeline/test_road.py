@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.conftest import tiny_recipe
 from posttrain.errors import BindingError, ContractError, DataError, RecipeError
@@ -192,3 +195,28 @@ def test_the_channels_are_served_to_their_tenants_only(
 
 def _key(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.slow
+def test_two_processes_walk_the_road_of_one(road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path) -> None:
+    """Through `torchrun`, as docs/recipes.md has it: same losses, one set of releases, nothing written twice."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tiny_base, tmp_path / "runs")), "utf-8")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "posttrain", "run", str(recipe)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert [s["accepted"] for s in summary["stages"]] == [s["accepted"] for s in road[1]["stages"]]
+    ours, theirs = (_losses(output / "tiny") for output in (tmp_path / "runs", road[0]))
+    assert ours.keys() == theirs.keys() and len(ours) > 6
+    for place in ours:
+        assert ours[place] == pytest.approx(theirs[place], abs=1e-3), place
+
+
+def _losses(run: Path) -> dict[tuple[Any, ...], float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = [((line["stage"], line["phase"], line["step"]), line["loss"]) for line in lines if "loss" in line]
+    assert len(dict(found)) == len(found), "a step was logged twice"
+    return dict(found)

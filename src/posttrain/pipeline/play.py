@@ -9,6 +9,7 @@ from posttrain.agents import Guard, RolloutOptions, World, run_judged
 from posttrain.data.records import Episode, Task
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.runtime import Runtime
+from posttrain.training import team
 from posttrain.verifying.judgement import Judgement
 
 Played = tuple[Task, Episode, Judgement | None]
@@ -38,6 +39,9 @@ class Player:
     def draw(
         self, tasks: Sequence[Task], copies: int, seed: int, adapter: str | None, temperature: float
     ) -> list[tuple[Episode, Judgement | None]]:
-        """Unconstrained samples for training: what is learned must be the model's own choice, not the grammar's."""
+        """Unconstrained samples for training: what is learned must be the model's own choice, not the grammar's. Of several processes
+        each plays a share of the tasks; all get every episode."""
         options = RolloutOptions(max_tokens_per_turn=self.max_tokens, temperature=temperature, constrained=False, copies=copies)
-        return [(episode, judgement) for _, episode, judgement in self.play(tasks, options, lambda task: adapter, seed)]
+        played = self.play(team().split(tasks), options, lambda task: adapter, seed)
+        by_task = [played[start : start + copies] for start in range(0, len(played), copies)]
+        return [(episode, judgement) for group in team().joined(by_task) for _, episode, judgement in group]

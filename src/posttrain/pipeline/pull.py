@@ -17,6 +17,7 @@ from posttrain.policy.weights import save_dense
 from posttrain.recipe import StageRecipe, stage_options
 from posttrain.stages import adapters, distill, preference, reason, sft, tools
 from posttrain.stages.bench import Workbench, derive
+from posttrain.training import team
 
 MAIN = "main"
 
@@ -47,7 +48,7 @@ class Pulled:
 
 
 def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Player, runtime: Runtime, base_name: str) -> Pulled:
-    """Run the stage's loop and save what it made below the bench's folder."""
+    """Run the stage's loop and save what it made below the bench's folder (of several processes, the first does)."""
     options: Any = stage_options(stage)
     if stage.kind == "distill":
         return _distil(options, material, bench, player, runtime)
@@ -70,10 +71,10 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
         stops = {MAIN: loop(options, material.conversations, bench)}
     folders = {}
     for name in stops:
-        folder = bench.folder / "weights" / name
-        runtime.policy.save_adapter(name, folder, base_name)
-        runtime.contract.save(folder)
-        folders[name] = folder
+        folder = folders[name] = bench.folder / "weights" / name
+        if team().first:
+            runtime.policy.save_adapter(name, folder, base_name)
+            runtime.contract.save(folder)
     return Pulled(runtime, folders, {name: why for name, why in stops.items() if why})
 
 
@@ -87,9 +88,10 @@ def _distil(options: distill.DistillOptions, material: Material, bench: Workbenc
         )
     student = Runtime.of(distill.run(options, taught, bench), runtime.contract)
     folder = bench.folder / "weights" / MAIN
-    folder.mkdir(parents=True, exist_ok=True)
-    save_dense(student.policy.base, folder)
-    runtime.contract.save(folder)
+    if team().first:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_dense(student.policy.base, folder)
+        runtime.contract.save(folder)
     return Pulled(student, {MAIN: folder}, dense=True)
 
 

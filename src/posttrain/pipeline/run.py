@@ -14,6 +14,7 @@ from posttrain.contract.rendering import Renderer
 from posttrain.evaluation import RunSummary, Scorecard, Suite, Verdict, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
+from posttrain.pipeline.assist import Order, assist, call
 from posttrain.pipeline.checks import check_depth, check_disk, check_material
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.folder import Clock, RunFolder, peak_memory_mb
@@ -30,6 +31,7 @@ from posttrain.recipe import Recipe, StageRecipe, gate_policy
 from posttrain.releases import Channels, Registry, Release
 from posttrain.report import write_report
 from posttrain.stages.bench import Workbench, derive
+from posttrain.training import team
 
 BASE = "base"
 
@@ -43,7 +45,17 @@ class Road:
 
 
 def run_recipe(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
-    """Run what is not done yet; returns the content of `summary.json`. A finished run does nothing and says so."""
+    """Run what is not done yet; returns the content of `summary.json`. A finished run does nothing and says so. Of several processes
+    the first runs it, and the others train with it and return nothing."""
+    if not team().first:
+        return assist(recipe)
+    try:
+        return _first(recipe, quiet)
+    finally:
+        call(None)
+
+
+def _first(recipe: Recipe, quiet: bool) -> dict[str, Any]:
     console = Console(quiet)
     folder = RunFolder.open(recipe)
     if folder.finished():
@@ -116,6 +128,8 @@ class _Run:
             parent = base if road.accepted is None else self.parents.merged(road.accepted)
             runtime = Runtime.load(parent.folder, self.dtype)
         bench = self._bench(stage, parent, material, runtime, clock)
+        call(Order(stage, parent.folder, bench.folder, bench.identity, bench.seed, bench.pack_tokens,
+                   str(runtime.policy.dtype).removeprefix("torch."), self.renderings))  # fmt: skip
         with clock.part("train"):
             pulled = pull(stage, material, bench, Player(runtime, self.world, self.console), runtime, str(parent.folder))
         with clock.part("evaluate"):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from posttrain.data.records import Conversation
 from posttrain.errors import DataError
 from posttrain.stages import sft
-from posttrain.stages.bench import Workbench, derive
+from posttrain.stages.bench import Log, Workbench, derive
 
 AdapterOptions = sft.SftOptions
 
@@ -29,6 +29,21 @@ def run(options: AdapterOptions, by_tenant: Mapping[str, Sequence[Conversation]]
         sft.check(options, conversations, bench)
     stopped = {}
     for tenant, conversations in by_tenant.items():
-        own = replace(bench, folder=bench.folder / tenant, identity=f"{bench.identity}/{tenant}", seed=derive(bench.seed, tenant))
+        own = replace(
+            bench,
+            folder=bench.folder / tenant,
+            identity=f"{bench.identity}/{tenant}",
+            seed=derive(bench.seed, tenant),
+            log=_as_phase(tenant, bench.log),
+        )
         stopped[tenant] = sft.run(options, conversations, own, name=tenant)
     return stopped
+
+
+def _as_phase(tenant: str, log: Log) -> Log:
+    """Each tenant's steps are a phase of their own, or they would be taken for one run's."""
+
+    def logged(phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        log(tenant, step, total, metrics)
+
+    return logged

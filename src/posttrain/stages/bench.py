@@ -20,7 +20,7 @@ from posttrain.contract import Sequence as Rendered
 from posttrain.contract.rendering import Renderer
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
-from posttrain.training import Checkpointer, Learner, Objective
+from posttrain.training import Checkpointer, Learner, Objective, team
 
 Log = Callable[[str, int, int, Mapping[str, float]], None]  # phase, step (-1: before the first), total steps, metrics
 Watch = Callable[[int, Mapping[str, float]], str | None]
@@ -65,11 +65,12 @@ class Work:
 
 
 def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase: str = "train") -> str | None:
-    """Run the learner's remaining steps, with checkpoints in the background. Returns why it stopped early, if it did."""
+    """Run the learner's remaining steps, with checkpoints in the background (of several processes, the first's). Returns why it stopped
+    early, if it did."""
     folder = bench.folder / "checkpoints" / phase
     identity = hashlib.sha256(f"{bench.identity}/{phase}/{learner.total_steps}".encode()).hexdigest()
     cursor = learner.resume(folder, identity) or {"step": 0, "stopped": None}
-    checkpointer = Checkpointer(folder, identity)
+    checkpointer = Checkpointer(folder, identity) if team().first else None
     stopped: str | None = cursor["stopped"]
     unsaved: dict[str, Any] | None = None  # the cursor of the state as it stands, while no checkpoint has it
     try:
@@ -86,13 +87,14 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
             stopped = bench.watch(step, metrics)
             bench.log(phase, step, learner.total_steps, metrics)
             unsaved = {"step": step + 1, "stopped": stopped}
-            if checkpointer.due():
+            if checkpointer is not None and checkpointer.due():
                 learner.save(checkpointer, unsaved)
                 unsaved = None
     finally:
-        if unsaved is not None:
-            learner.save(checkpointer, unsaved)
-        checkpointer.close()
+        if checkpointer is not None:
+            if unsaved is not None:
+                learner.save(checkpointer, unsaved)
+            checkpointer.close()
     return stopped
 
 

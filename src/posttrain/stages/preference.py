@@ -18,7 +18,7 @@ from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import LoraOptions
 from posttrain.ranges import Count, NonNegative, Positive
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, leash, train
-from posttrain.training import Learner, OptimiserOptions, Scored
+from posttrain.training import Learner, OptimiserOptions, Scored, team
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ def run(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbenc
     bench.policy.add_adapter(name, options.adapter, bench.seed)
     learner = Learner.for_adapter(bench.policy, name, options.optimiser, len(plan))
 
+    references = References(sequences, plan, learner, bench.pack_tokens)
+
     def work(step: int) -> Work:
-        return work_of(
-            options, [sequences[2 * pair + side] for pair in plan[step] for side in (0, 1)], learner, bench.pack_tokens
-        )
+        return work_of(options, _both(sequences, plan[step]), learner, bench.pack_tokens, references.of(plan[step]))
 
     watch = leash(bench.watch, lambda metrics: metrics.get("drift", 0.0), options.max_drift, "drift from the reference")
     stopped = train(replace(bench, watch=watch), learner, work)
@@ -114,11 +114,11 @@ def _packs(sides: Sequence[Rendered], pack_tokens: int) -> list[Pack]:
 def _reference(packs: Sequence[Pack], learner: Learner) -> dict[int, Tensor]:
     """The reference's log-probabilities by member, of its learned tokens in order."""
     found = {}
-    for pack in packs:
+    for pack in team().own(packs):
         values = learner.reference_logprobs(pack)
         for place, member in enumerate(pack.members):
             found[member] = values[(pack.sequence == place).to(values.device)]
-    return found
+    return {member: values for share in team().gather(found) for member, values in share.items()}
 
 
 def check(options: PreferenceOptions, pairs: Sequence[Preference], bench: Workbench) -> Sequence[Rendered]:

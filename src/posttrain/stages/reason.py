@@ -21,7 +21,7 @@ from posttrain.policy.policy import LoraOptions
 from posttrain.ranges import Count, NonNegative, Positive, Share, Whole
 from posttrain.stages import sft
 from posttrain.stages.bench import Work, Workbench, batches, derive, leash, train
-from posttrain.training import Learner, OptimiserOptions, Scored
+from posttrain.training import Learner, OptimiserOptions, Scored, team
 from posttrain.verifying.judgement import Judgement
 
 # (tasks, copies, seed, adapter) -> copies episodes of each task in order, each with its judgement (None: could not be judged)
@@ -174,7 +174,7 @@ def work_of(
     of sequence i's learned tokens. The reference is computed only where a KL term or a limit asks for it."""
     packs = fill_packs(sequences, pack_tokens)
     wanted = options.beta != 0 or options.max_kl is not None
-    references = {id(pack): learner.reference_logprobs(pack) if wanted else None for pack in packs}
+    references = {id(pack): learner.reference_logprobs(pack) if wanted else None for pack in team().own(packs)}
     return Work(packs, lambda scored: _objective(scored, options, old, advantages, references[id(scored.pack)], rows))
 
 

@@ -14,6 +14,7 @@ from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 from posttrain.training.checkpoint import Checkpointer, read_checkpoint
 from posttrain.training.schedule import OptimiserOptions, learning_rate
+from posttrain.training.team import team
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +67,7 @@ class Learner:
         assert parameters and total_steps > 0, "nothing to train, or no steps"
         self.policy, self.options, self.total_steps = policy, options, total_steps
         self.parameters = dict(parameters)
+        team().copy_([parameter.data for parameter in self.parameters.values()])  # the same start everywhere
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
         # fp32 masters: a bf16 parameter plus a 1e-4 update is often the same bf16 number
@@ -91,17 +93,27 @@ class Learner:
 
     def forward_backward(self, packs: Iterable[Pack], objective: Objective) -> dict[str, float]:
         """Accumulate gradients of sum(objective(pack)) over packs; each objective divides by the global count itself
-        (objectives.md 1.2: sum first, one global count, no second division). Returns the summed metrics."""
+        (objectives.md 1.2: sum first, one global count, no second division). Returns the summed metrics. Of several processes each
+        takes a share of the packs; the metrics are those of all packs on every one, and `step` sums the gradients."""
         totals: dict[str, float] = {"loss": 0.0}
-        for pack in packs:
+        packs = list(packs)
+        for pack in team().own(packs):
             loss, metrics = objective(self.score(pack))
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             totals["loss"] += float(loss.detach())
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
-            self.tokens_done += pack.tokens
-        return totals
+        self.tokens_done += sum(pack.tokens for pack in packs)
+        return team().totals(totals)
+
+    def _sum_gradients(self) -> None:
+        if team().size == 1:
+            return
+        for parameter in self.parameters.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        team().sum_([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
 
     def score(self, pack: Pack) -> Scored:
         hidden = self.policy.hidden(pack)
@@ -115,6 +127,7 @@ class Learner:
 
     def step(self) -> dict[str, float]:
         """Clip, update, clear. Returns the gradient norm before clipping and the rate used."""
+        self._sum_gradients()
         for name, parameter in self.parameters.items():
             master = self._masters[name]
             if master is not parameter:
@@ -150,7 +163,8 @@ class Learner:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self, checkpointer: Checkpointer, cursor: Mapping[str, Any]) -> None:
-        """Hand a consistent copy of everything to the background writer; training goes on meanwhile."""
+        """Hand a consistent copy of everything to the background writer; training goes on meanwhile. Every process holds everything, so
+        a checkpoint of several processes can be resumed by any number."""
         tensors = {f"master.{name}": master.detach() for name, master in self._masters.items()}
         for name, master in self._masters.items():
             for key, value in self._optimiser.state.get(master, {}).items():
@@ -170,7 +184,7 @@ class Learner:
     @torch.no_grad()
     def resume(self, folder: Path, identity: str) -> dict[str, Any] | None:
         """Restore the newest complete checkpoint in `folder`, if any; returns its cursor. CheckpointError if another run wrote it."""
-        found = read_checkpoint(folder, identity)
+        found = team().share(read_checkpoint(folder, identity) if team().first else None)
         if found is None:
             return None
         tensors, state = found

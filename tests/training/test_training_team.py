@@ -1,0 +1,76 @@
+"""Two processes train what one does, and a checkpoint does not know how many wrote it."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import together
+import torch
+
+from posttrain.policy import Pack
+from posttrain.training import Team, team
+from tiny_models import random_ids, sequence
+
+
+def launched(kind: str, folder: Path, processes: int, stop: int = -1) -> Any:
+    """What the first of `processes` processes ends with; None when they gave up."""
+    if processes == 1:
+        return together.run(kind, folder, stop)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-W", "ignore", together.__file__, kind, str(folder), str(stop)]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    running = [
+        subprocess.Popen(command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(processes)
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    end = folder / "end.pt"
+    return torch.load(end, weights_only=True) if end.exists() else None
+
+
+@pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.slow), "grpo"])
+def test_two_processes_take_the_steps_of_one(kind: str, tmp_path: Path) -> None:
+    one, two = (launched(kind, tmp_path / str(count), count) for count in (1, 2))
+    assert one is not None and two is not None
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-4)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_another_number_of_processes(before: int, after: int, tmp_path: Path) -> None:
+    whole = launched("sft", tmp_path / "whole", 1)
+    assert launched("sft", tmp_path / "parts", before, stop=5) is None
+    parts = launched("sft", tmp_path / "parts", after)
+    assert whole is not None and parts is not None
+    assert len(parts["losses"]) < len(whole["losses"])
+    assert parts["losses"][-6:] == pytest.approx(whole["losses"][-6:], abs=1e-4)
+
+
+def test_packs_are_shared_out_once_each_and_evenly() -> None:
+    rng = random.Random(4)
+    packs = [Pack.of([sequence(random_ids(length, rng), [length - 1])]) for length in (50, 3, 48, 20, 21, 9, 2)]
+    for size in (1, 2, 3, 9):
+        shares = [Team(rank, size).own(packs) for rank in range(size)]
+        assert sorted(id(pack) for share in shares for pack in share) == sorted(map(id, packs))
+        assert max(sum(pack.tokens for pack in share) for share in shares) <= sum(pack.tokens for pack in packs) / size + 50
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    alone, tensor = team(), torch.ones(3)
+    alone.sum_([tensor])
+    alone.copy_([tensor])
+    assert (alone.size, alone.first, tensor.tolist()) == (1, True, [1.0] * 3)
+    assert alone.joined(alone.split("abc")) == ["a", "b", "c"] and alone.share(7) == 7
+    assert alone.totals({"loss": 2.0}) == {"loss": 2.0}
