@@ -70,13 +70,14 @@ class Recipe(_Strict):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     pack_tokens: int = Field(1536, gt=0)
     threads: int | None = None
+    recompute: bool = False
     evaluation: EvaluationRecipe = EvaluationRecipe()
     stages: list[StageRecipe] = Field(min_length=1)
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything that decides the result (not the run's name, folder or thread count)."""
-        return sha256_of(self.model_dump(exclude={"name", "output", "threads"}))
+        """SHA-256 of everything that decides the result (not the run's name, folder, thread count or memory)."""
+        return sha256_of(self.model_dump(exclude={"name", "output", "threads", "recompute"}))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

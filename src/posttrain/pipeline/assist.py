@@ -43,6 +43,7 @@ def assist(recipe: Recipe) -> dict[str, Any]:
     nothing: Order | None = None
     while (order := team().share(nothing)) is not None:
         runtime = Runtime.load(order.parent, parse_dtype(order.dtype))
+        runtime.policy.recompute = recipe.recompute
         bench = Workbench(
             runtime.policy,
             runtime.contract,

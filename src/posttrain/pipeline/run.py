@@ -127,6 +127,7 @@ class _Run:
             base = self.parents.base_weights()
             parent = base if road.accepted is None else self.parents.merged(road.accepted)
             runtime = Runtime.load(parent.folder, self.dtype)
+            runtime.policy.recompute = self.recipe.recompute
         bench = self._bench(stage, parent, material, runtime, clock)
         call(Order(stage, parent.folder, bench.folder, bench.identity, bench.seed, bench.pack_tokens,
                    str(runtime.policy.dtype).removeprefix("torch."), self.renderings))  # fmt: skip

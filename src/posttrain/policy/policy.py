@@ -19,6 +19,7 @@ from posttrain.policy.fused import Mix, install, is_simple
 from posttrain.policy.head import Head
 from posttrain.policy.inference import Inference
 from posttrain.policy.pack import Pack
+from posttrain.policy.recompute import Recompute, wrap
 from posttrain.policy.weights import fingerprint
 from posttrain.ranges import Count, Positive
 
@@ -59,6 +60,8 @@ class Policy:
         self._fingerprint: str | None = None
         self._mix = Mix()
         self._inference: Inference | None = None
+        self._recompute = Recompute()
+        wrap(getattr(model.base_model, "layers", nn.ModuleList()), self._recompute)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
@@ -86,6 +89,15 @@ class Policy:
                 remedy="name a Hugging Face folder with safetensors weights",
             ) from error
         return cls(model.to(device), folder)
+
+    @property
+    def recompute(self) -> bool:
+        """Whether a training pass keeps each block's input only and computes the rest again: less memory, a third more time."""
+        return self._recompute.on
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        self._recompute.on = on
 
     # -- identity ------------------------------------------------------------------------------------------------------
 

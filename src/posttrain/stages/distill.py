@@ -66,6 +66,7 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     locked = fingerprint(teacher.base)
     kept = kept_layers(teacher.config.num_hidden_layers, options)
     student = Policy(cut_layers(teacher.base, kept))
+    student.recompute = teacher.recompute
     if options.refit > 0:
         (pack,) = fill_packs(taught, sum(len(sequence) for sequence in taught))
         distances = refit(student, teacher, kept, pack, options.refit)
