@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FAST ?=
+WORKS ?=
 RECIPE := $(if $(FAST),recipes/finance_fast.yaml,recipes/finance_demo.yaml)
 
-.PHONY: demo test test-all lint base serve clean
+.PHONY: demo test test-all lint bench base serve clean
 
 demo: base
 	$(BIN)/posttrain run $(RECIPE)
@@ -21,9 +22,13 @@ test-all: $(STAMP) base
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/mypy
+
+bench: base
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks $(if $(WORKS),--works $(WORKS))
 
 $(STAMP): pyproject.toml constraints.txt
 	scripts/setup "$(PYTHON)" "$(VENV)"

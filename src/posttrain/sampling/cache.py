@@ -91,7 +91,7 @@ class _Part:
     their new tokens with their places in [rows, width], and what each may see, additive [rows, 1, width, span]."""
 
     rows: slice | Tensor
-    flat: Tensor
+    flat: Tensor | None  # None: they are all new tokens there are, one a row
     local: Tensor
     offset: Tensor
     width: int
@@ -135,11 +135,15 @@ class StepAttention:
         _, heads, count, size = q.shape
         group = heads // keys.shape[1]
         q_nkgd = q[0].transpose(0, 1).reshape(count, -1, group, size)
-        out, lse = torch.empty_like(q_nkgd), q_nkgd.new_empty(q_nkgd.shape[:3], dtype=torch.float32)
         if window not in self._parts:
             self._parts[window] = self._split(window)
-        for part in self._parts[window]:
-            self._strips(part, q_nkgd, keys, values, scale, out, lse)
+        parts = self._parts[window]
+        if parts[0].flat is None:
+            out, lse = self._strips(parts[0], q_nkgd, keys, values, scale)
+        else:
+            out, lse = torch.empty_like(q_nkgd), q_nkgd.new_empty(q_nkgd.shape[:3], dtype=torch.float32)
+            for part in parts:
+                out[part.flat], lse[part.flat] = self._strips(part, q_nkgd, keys, values, scale)
         for trunk, asking in self._trunks:
             if asking is None:
                 out = _with_trunk(trunk, layer, q_nkgd, self.positions, scale, window, out, lse)
@@ -175,26 +179,25 @@ class StepAttention:
             seen &= slots > last[..., None] - window
             seen[..., 0] |= ~seen.any(-1)  # a padded query may lie beyond every slot; it is thrown away, but must not be nan
         bias = torch.zeros(seen.shape, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, float("-inf"))
-        return _Part(rows, self._starts[members][local] + offset, local, offset, width, span, bias[:, None])
+        flat = None if width == 1 and len(members) == len(self._counts) else self._starts[members][local] + offset
+        return _Part(rows, flat, local, offset, width, span, bias[:, None])
 
     @staticmethod
-    def _strips(part: _Part, q: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor, lse: Tensor) -> None:
-        """Attention to the rows' own strips, written to `out` [N, Hkv, G, D] and `lse` [N, Hkv, G] at the part's tokens."""
+    def _strips(part: _Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention [n, Hkv, G, D] of the part's tokens to their rows' own strips, and its log-sum-exp [n, Hkv, G]."""
         k, v = keys[part.rows, :, : part.span], values[part.rows, :, : part.span]
+        own = q if part.flat is None else q[part.flat]
+        if part.width == 1:
+            return attention_with_lse(own, k, v, part.bias, scale)
         _, kv_heads, group, size = q.shape
         count = k.shape[0]
-        if part.width == 1:
-            asked, bias = q[part.flat], part.bias
-        else:
-            padded = q.new_zeros(count, part.width, kv_heads, group, size)
-            padded[part.local, part.offset] = q[part.flat]
-            asked = padded.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * part.width, size)
-            bias = part.bias.repeat(1, 1, group, 1)
-        mixed, total = attention_with_lse(asked, k, v, bias, scale)
-        if part.width > 1:
-            mixed = mixed.view(count, kv_heads, group, part.width, size).permute(0, 3, 1, 2, 4)[part.local, part.offset]
-            total = total.view(count, kv_heads, group, part.width).permute(0, 3, 1, 2)[part.local, part.offset]
-        out[part.flat], lse[part.flat] = mixed, total
+        padded = q.new_zeros(count, part.width, kv_heads, group, size)
+        padded[part.local, part.offset] = own
+        asked = padded.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * part.width, size)
+        mixed, total = attention_with_lse(asked, k, v, part.bias.repeat(1, 1, group, 1), scale)
+        mixed = mixed.view(count, kv_heads, group, part.width, size).permute(0, 3, 1, 2, 4)[part.local, part.offset]
+        total = total.view(count, kv_heads, group, part.width).permute(0, 3, 1, 2)[part.local, part.offset]
+        return mixed, total
 
 
 def _with_trunk(
