@@ -45,6 +45,13 @@ def test_every_stage_has_a_verdict_metrics_with_intervals_time_and_memory(road: 
     assert json.loads((road[0] / "tiny" / "summary.json").read_text()) == summary
 
 
+def test_a_trial_moves_nothing_that_is_served(tiny_base: Path, tmp_path: Path) -> None:
+    whole = tiny_recipe(tiny_base, tmp_path, channel="trial")
+    summary = run_recipe(parse_recipe({**whole, "stages": whole["stages"][:1]}), quiet=True)
+    release = summary["stages"][0]["releases"]["main"]
+    assert summary["channels"] == dict.fromkeys(["trial", *(f"trial-{tenant}" for tenant in TENANTS)], release)
+
+
 def test_a_failed_gate_stops_the_promotion_and_keeps_the_record(road: tuple[Path, dict[str, Any]]) -> None:
     output, summary = road
     tools = summary["stages"][1]

@@ -15,6 +15,8 @@ from posttrain.pipeline.pull import MAIN, Pulled
 from posttrain.recipe import Recipe, StageRecipe
 from posttrain.releases import Channels, Kind, Lineage, Parent, Parts, Registry, Teacher, grammar_record
 
+PRODUCTION = "production"
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -54,13 +56,19 @@ class Publisher:
         return ids
 
     def _promote(self, stage: StageRecipe, ids: Mapping[str, str]) -> None:
-        """The production channel and every tenant's follow the road; a tenant's own adapter moves only that tenant's channel."""
+        """The recipe's channel and every tenant's follow the road; a tenant's own adapter moves only that tenant's channel."""
         by, why = f"run {self.recipe.name}", f"stage {stage.name}: real gain"
-        moves = {self.recipe.channel: ids[MAIN], **dict.fromkeys(self.world.tenants, ids[MAIN])} if MAIN in ids else ids
+        moves = {self._channel_of(tenant): release for tenant, release in ids.items() if tenant != MAIN}
+        if MAIN in ids:
+            moves = {self.recipe.channel: ids[MAIN], **{self._channel_of(t): ids[MAIN] for t in self.world.tenants}, **moves}
         pointers = self.channels.pointers()
         for channel, release in moves.items():
             if pointers.get(channel) != release:
                 self.channels.promote(channel, release, by, why)
+
+    def _channel_of(self, tenant: str) -> str:
+        """A tenant's channel bears its name; a run on another channel than production must not move what the tenant is served."""
+        return tenant if self.recipe.channel == PRODUCTION else f"{self.recipe.channel}-{tenant}"
 
     def _lineage(self, stage: StageRecipe, name: str, pulled: Pulled, parent: Weights, measured: Measured) -> Lineage:
         came_from = Parent(parent.fingerprint, parent.release, parent.parity)
