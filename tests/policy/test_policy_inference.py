@@ -87,6 +87,15 @@ def test_an_update_of_an_adapter_needs_new_factors_and_nothing_else() -> None:
     torch.testing.assert_close(through(policy, [("one", None)]), plain(policy, "one"), atol=1e-4, rtol=1e-4)
 
 
+def test_a_training_pass_takes_the_room_back() -> None:
+    policy = with_adapters("llama")
+    before = policy.inference()
+    plain(policy, "one")
+    assert policy.inference() is before
+    policy.hidden(PACK)
+    assert policy.inference() is not before
+
+
 def test_adapters_that_come_and_go_are_found() -> None:
     policy = with_adapters("llama")
     policy.inference()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import warnings
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Runtime:
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Runtime:
         """Contract first: a wrong lock is refused before any weight is read."""
+        gc.collect()  # modules with forwards of their own are cycles: the last model's weights would wait for the collector's turn
         contract = Contract.load(folder)
         return cls.of(Policy.load(folder, dtype), contract)
 

@@ -320,6 +320,10 @@ class Policy:
             self._inference = Inference.of(self.base) if self.packs else None
         return self._inference
 
+    def forget_inference(self) -> None:
+        """Give the arranged weights' memory back, as much as the base's own; the next `inference` makes them again in half a second."""
+        self._inference = None
+
     def states(self, pack: Pack, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and the residual stream [T, hidden] after each of the given blocks."""
         found: dict[int, Tensor] = {}
@@ -340,6 +344,8 @@ class Policy:
 
     def forward(self, ids: Tensor, positions: Tensor, context: object) -> Tensor:
         """One pass over flat tokens: ids, positions [T] -> hidden [T, hidden]; `context` computes the attention."""
+        if torch.is_grad_enabled():
+            self.forget_inference()  # a training pass needs the room
         body = self.base.base_model
         out = body(input_ids=ids[None], position_ids=positions[None], use_cache=False, posttrain_context=context)
         states: Tensor = out.last_hidden_state

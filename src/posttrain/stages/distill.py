@@ -63,6 +63,7 @@ def kept_layers(total: int, options: DistillOptions, where: str = "distill.layer
 def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -> Policy:
     """Train a student of `bench.policy` (the teacher) on `taught`: the teacher's own outputs as sequences. Returns the student."""
     teacher = bench.policy
+    teacher.forget_inference()  # its own answers are drawn; from here it gives distributions
     locked = fingerprint(teacher.base)
     kept = kept_layers(teacher.config.num_hidden_layers, options)
     student = Policy(cut_layers(teacher.base, kept))
