@@ -45,10 +45,11 @@ class Measurer:
         player = Player(runtime, self.world, self.console)
         judged = player.play(tasks, options, adapter_for, seed=self.suite.seed)
         free = self._free_turns(player, tasks, options, adapter_for)
-        extra: dict[str, Metric] = {}
+        extra = self._latency(runtime, parent, tasks, adapter_for)
+        for done_decoding in (runtime, parent or runtime):
+            done_decoding.policy.forget_inference()
         if parent is not None or any(adapter_for(task) for task in tasks):
             extra |= self._drift(runtime, parent, [(task, episode) for task, episode, _ in judged], adapter_for)
-        extra |= self._latency(runtime, parent, tasks, adapter_for)
         return evaluate(self.suite, candidate, judged, free, extra)
 
     def _free_turns(

@@ -122,6 +122,12 @@ def _merged(module: Any, name: str, weight: Tensor, a: Tensor, b: Tensor, scale:
     return fresh
 
 
+def forget_merged(model: nn.Module) -> None:
+    """Drop the formed W'; they are formed again when a pass needs them."""
+    for module in model.modules():
+        vars(module).pop("_posttrain_merged", None)
+
+
 def _lora_forward(module: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if module._posttrain_mix.shares is not None:
         return _mixed_forward(module, module._posttrain_mix.shares, x)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError, BindingError
 from posttrain.policy.attention import NAME, TreeAttention
-from posttrain.policy.fused import Mix, install, is_simple
+from posttrain.policy.fused import Mix, forget_merged, install, is_simple
 from posttrain.policy.head import Head
 from posttrain.policy.inference import Inference
 from posttrain.policy.pack import Pack
@@ -323,6 +323,10 @@ class Policy:
     def forget_inference(self) -> None:
         """Give the arranged weights' memory back, as much as the base's own; the next `inference` makes them again in half a second."""
         self._inference = None
+
+    def forget_merged(self) -> None:
+        """Give the memory of a training pass's merged weights back; the next pass forms them again."""
+        forget_merged(self.base)
 
     def states(self, pack: Pack, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and the residual stream [T, hidden] after each of the given blocks."""

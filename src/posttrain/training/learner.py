@@ -159,6 +159,7 @@ class Learner:
         for parameter in self.parameters.values():
             parameter.requires_grad_(False)
             parameter.copy_(parameter.to(torch.bfloat16))
+        self.policy.forget_merged()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
