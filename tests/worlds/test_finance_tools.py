@@ -278,7 +278,7 @@ VALID = {
         "credit": "1100",
         "amount": "1.00",
     },
-    "post_entry": {"ref": "PRP-1000", "token": "APT-1000A"},
+    "post_entry": {"ref": "DRAFT-1000", "token": "APT-1000A"},
     "transfer_funds": {"ref": "PAY-1000", "to": "X", "amount": "1.00"},
 }
 

@@ -22,6 +22,7 @@ from posttrain.worlds.finance_ops.chart import (
 )
 from posttrain.worlds.finance_ops.differences import Cast, Difference, Journal, odd_amount, plant
 from posttrain.worlds.finance_ops.ledger import schema_sql
+from posttrain.worlds.finance_ops.toolspecs import DRAFT
 
 MONTHS = 4  # periods of history; the last one is open
 MEMOS = (
@@ -219,7 +220,7 @@ def _control(journal: Journal, cast: Cast, split: str) -> None:
             "INSERT INTO approvals VALUES (?, ?)", [(ref, person) for person in rng.sample(approvers, approved)]
         )
     for has_token in (False, False, True, True):
-        ref = journal.ref("PRP")
+        ref = journal.ref(DRAFT)
         debit, credit = rng.sample(cast.expenses, 2)
         row = (ref, f"DOC-{rng.randint(1000, 9999)}", debit, credit, odd_amount(rng), cast.period, "open")
         connection.execute("INSERT INTO drafts VALUES (?, ?, ?, ?, ?, ?, ?)", row)

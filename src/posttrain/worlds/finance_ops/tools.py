@@ -10,18 +10,11 @@ from posttrain.worlds.finance_ops import money
 from posttrain.worlds.finance_ops.calendar import after, last_day
 from posttrain.worlds.finance_ops.differences import NO_ACCOUNT, Kind
 from posttrain.worlds.finance_ops.ledger import Entry, document_difference, next_ref, simple, write
+from posttrain.worlds.finance_ops.toolspecs import DRAFT
 
 Arguments = Mapping[str, Any]
 Result = dict[str, Any]
 SHOWN = 2  # rows of a listing that are spelled out
-PREFIXES = {
-    "INV": "receivables",
-    "BILL": "payables",
-    "PO": "purchase_orders",
-    "JE": "journal",
-    "BNK": "bank_lines",
-    "PAY": "payment_requests",
-}
 
 
 class ToolError(Exception):
@@ -129,7 +122,7 @@ def propose_entry(db: sqlite3.Connection, arguments: Arguments) -> Result:
     pair = (arguments["debit"], arguments["credit"])
     if db.execute("SELECT 1 FROM coding WHERE doc = ?", (doc,)).fetchone() is None:
         raise ToolError("not_found", f"no document {doc}")
-    proposal = next_ref(db, "PRP")
+    proposal = next_ref(db, DRAFT)
     if arguments["kind"] == Kind.TIMING_DIFFERENCE:
         if amount or pair != (NO_ACCOUNT, NO_ACCOUNT):
             raise ToolError("bad_entry", "a timing difference posts nothing: accounts none, amount 0.00")

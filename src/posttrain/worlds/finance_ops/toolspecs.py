@@ -10,16 +10,31 @@ from posttrain.worlds.finance_ops.chart import BANK
 from posttrain.worlds.finance_ops.differences import NO_ACCOUNT, Kind
 from posttrain.worlds.finance_ops.money import AMOUNT_PATTERN
 
-TABLES = ("receivables", "payables", "purchase_orders", "journal", "bank_lines", "payment_requests")
+# The prefix of a document's reference names its table.
+PREFIXES = {
+    "INV": "receivables",
+    "BILL": "payables",
+    "PO": "purchase_orders",
+    "JE": "journal",
+    "BNK": "bank_lines",
+    "PAY": "payment_requests",
+}
+DRAFT = "DRAFT"  # of entries that are proposed and not posted
+TABLES = tuple(PREFIXES.values())
 READ_TOOLS = ("query_erp", "cash_position", "ageing", "budget_status", "search_policy")
 RISKY_TOOLS = ("post_entry", "transfer_funds")
 
 # Grounded: names, references, tokens, accounts and amounts must have been seen in the conversation (grammar/evidence.py).
 _TEXT = {"type": "string", "minLength": 1, "maxLength": 60, "x-grounded": True}
-_REF = {"type": "string", "pattern": r"^[A-Z]{2,4}-[0-9]{3,6}$", "x-grounded": True}
 _PERIOD = {"type": "string", "pattern": r"^20[0-9]{2}-(0[1-9]|1[0-2])$"}
 _AMOUNT = {"type": "string", "pattern": AMOUNT_PATTERN.replace("-?", ""), "x-grounded": ["0.00"]}
 _ACCOUNT = {"type": "string", "pattern": r"^([0-9]{4}|none)$", "x-grounded": [NO_ACCOUNT]}
+
+
+def _ref(*prefixes: str) -> dict[str, Any]:
+    """A reference of these kinds, of any kind without one: a draft is not in the documents, only a payment request can be paid."""
+    kinds = f"({'|'.join(prefixes)})" if prefixes else "[A-Z]{2,5}"
+    return {"type": "string", "pattern": f"^{kinds}-[0-9]{{3,6}}$", "x-grounded": True}
 
 
 def _one_of(*values: str) -> dict[str, Any]:
@@ -36,7 +51,7 @@ TOOLS: tuple[ToolSpec, ...] = (
     _tool(
         "query_erp",
         "documents and journals",
-        {"table": _one_of(*TABLES), "ref": _REF, "party": _TEXT, "period": _PERIOD},
+        {"table": _one_of(*TABLES), "ref": _ref(*PREFIXES), "party": _TEXT, "period": _PERIOD},
         ("ref", "party", "period"),
     ),
     _tool("cash_position", "bank balance", {"account": _one_of(*BANK)}),
@@ -46,14 +61,14 @@ TOOLS: tuple[ToolSpec, ...] = (
     _tool(
         "propose_entry",
         "correct on trial",
-        {"ref": _REF, "kind": _one_of(*Kind), "debit": _ACCOUNT, "credit": _ACCOUNT, "amount": _AMOUNT},
+        {"ref": _ref(), "kind": _one_of(*Kind), "debit": _ACCOUNT, "credit": _ACCOUNT, "amount": _AMOUNT},
     ),
     _tool(
         "post_entry",
         "post a proposal",
-        {"ref": _REF, "token": {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$", "x-grounded": True}},
+        {"ref": _ref(DRAFT), "token": {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$", "x-grounded": True}},
     ),
-    _tool("transfer_funds", "pay an approved request", {"ref": _REF, "to": _TEXT, "amount": _AMOUNT}),
+    _tool("transfer_funds", "pay an approved request", {"ref": _ref("PAY"), "to": _TEXT, "amount": _AMOUNT}),
 )
 
 BY_NAME: Mapping[str, ToolSpec] = {tool.name: tool for tool in TOOLS}

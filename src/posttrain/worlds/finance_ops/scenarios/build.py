@@ -323,8 +323,8 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
     Shape.TOOL_TRAJECTORY: (
-        (tool_call, 0.48),
-        (tool_lookup, 0.20),
+        (tool_call, 0.45),
+        (tool_lookup, 0.23),
         (missing_document, 0.04),
         (two_calls, 0.02),
         (reconcile_task, 0.20),

@@ -119,7 +119,7 @@ _REFUSALS: Mapping[str, tuple[str, str, str, str, str, str]] = {
 }
 FAMILIES = tuple(_REFUSALS)
 UNKNOWN = 0.2  # share of unapproved requests that name a payment nobody requested
-_WEIGHTS = {"no_approval": 5, "one_approval": 4, "no_token": 3, "skip": 2, "bank_details": 2, "closed": 2, "authority": 2}
+_WEIGHTS = {"no_approval": 5, "one_approval": 4, "no_token": 4, "skip": 2, "bank_details": 2, "closed": 2, "authority": 2}
 
 
 def refusal(bench: Bench) -> Refusal:
@@ -216,6 +216,12 @@ def post_reply(result: Mapping[str, Any]) -> Reply:
     )
 
 
+def payment_status(bench: Bench) -> Lookup:
+    """How a payment request stands, approved or not: nobody wants it paid now."""
+    (ref,) = bench.pick("SELECT ref FROM payment_requests")
+    return lookups.document_of(bench.say("benign.status", ref=ref), ref)
+
+
 def risky_topic(bench: Bench) -> Lookup:
     """A question about the very rules that protect money."""
     return lookups.policy(bench, lookups.RISKY_TOPICS)
@@ -255,6 +261,7 @@ def bank_transfers(bench: Bench) -> Lookup:
 BENIGN: tuple[Callable[[Bench], Lookup], ...] = (
     approved_transfer,
     token_post,
+    payment_status,
     risky_topic,
     memo,
     friendly_mail,
@@ -265,4 +272,4 @@ BENIGN: tuple[Callable[[Bench], Lookup], ...] = (
 
 def benign(bench: Bench) -> Lookup:
     """Any look-alike; the transfer with two approvals, the closest contrast, comes most often."""
-    return bench.rng.choices(BENIGN, weights=(7, 5, 4, 2, 2, 2, 2))[0](bench)
+    return bench.rng.choices(BENIGN, weights=(7, 6, 4, 4, 2, 2, 2, 2))[0](bench)

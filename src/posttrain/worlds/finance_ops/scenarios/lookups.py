@@ -12,7 +12,8 @@ from posttrain.worlds.finance_ops.money import amounts_in
 from posttrain.worlds.finance_ops.policies import passages
 from posttrain.worlds.finance_ops.scenarios.bench import Bench
 from posttrain.worlds.finance_ops.styles import Reply
-from posttrain.worlds.finance_ops.tools import PREFIXES, SELECT
+from posttrain.worlds.finance_ops.tools import SELECT
+from posttrain.worlds.finance_ops.toolspecs import PREFIXES
 from posttrain.worlds.finance_ops.wording import Utterance, values
 
 Result = Mapping[str, Any]
