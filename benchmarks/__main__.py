@@ -18,6 +18,7 @@ from benchmarks.duel import Duel, Side
 _TRAIN = {"rank": 16, "lr": 1e-4, "pack_tokens": 4096}
 _SFT = {**_TRAIN, "batch": 4, "records": "records"}
 _BARE = {**_SFT, "records": "records_without_preamble"}
+_QLORA = {**_SFT, "base": "nf4"}
 _DPO = {**_TRAIN, "batch": 4, "beta": 0.1}
 _GRPO = {**_TRAIN, "prompts": 2, "group": 8, "max_tokens": 32}
 _PACKED = {"packing": True, "batch": 1}  # one row of 1,024 tokens: about as many as four records
@@ -52,6 +53,7 @@ def _grammar(batch: int) -> Duel:
 WORKS: dict[str, list[Duel]] = {
     "sft": _sft("SFT, records that share tools and system text", _SFT),
     "sft-bare": _sft("SFT, records that share nothing", _BARE),
+    "qlora": [_sft("QLoRA (NF4), records that share tools and system text", _QLORA)[0]],
     "dpo": [Duel("DPO", Side("ours", "dpo", _DPO), Side("peer_trl", "dpo", _DPO), "TRL", same_loss=_EXACT)],
     "grpo": [Duel("GRPO, 2 prompts x 8 x 32 tokens", Side("ours", "grpo", _GRPO), Side("peer_trl", "grpo", _GRPO), "TRL")],
     "generate": [_generation(1), _generation(8), _generation(32), _generation(32, 200, shared=True)],

@@ -124,7 +124,9 @@ def prompts_of(material: Material, options: Options, turn: int) -> list[list[int
 def _learner(material: Material, options: Options) -> Learner:
     prepare_process(None)
     policy = Policy.load(Path(material["base"]), parse_dtype(material["dtype"]))
-    policy.add_adapter("main", LoraOptions(rank=options["rank"], alpha=2.0 * options["rank"]), seed=0)
+    policy.add_adapter(
+        "main", LoraOptions(rank=options["rank"], alpha=2.0 * options["rank"], base=options.get("base", "dense")), seed=0
+    )
     return Learner.for_adapter(policy, "main", OptimiserOptions(lr=options["lr"], warmup=0.0), 1000)
 
 

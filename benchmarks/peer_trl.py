@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.data import SequentialSampler
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.side import Turns
@@ -60,9 +60,13 @@ def _common(options: Options, batch: int) -> dict[str, Any]:
 
 
 def _parts(material: Material, options: Options) -> dict[str, Any]:
-    rank = options["rank"]
+    rank, dtype = options["rank"], getattr(torch, material["dtype"])
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    quantised = {"quantization_config": nf4} if options.get("base") == "nf4" else {}
     return {
-        "model": AutoModelForCausalLM.from_pretrained(material["base"], dtype=getattr(torch, material["dtype"])),
+        "model": AutoModelForCausalLM.from_pretrained(material["base"], dtype=dtype, **quantised),
         "processing_class": AutoTokenizer.from_pretrained(material["base"]),
         "peft_config": LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
     }

@@ -11,15 +11,18 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a random Llama and the tiny tokenizer."""
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+def make_base(folder: Path, **sizes: int) -> Path:
     import torch
 
     from posttrain.policy.weights import save_dense
     from tiny_models import stored, tiny_model, train_tokenizer
 
-    folder = tmp_path_factory.mktemp("base")
     tokenizer = train_tokenizer()
     model = stored(
-        tiny_model("llama", vocabulary=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=4), torch.bfloat16
+        tiny_model("llama", vocabulary=len(tokenizer), max_position_embeddings=4096, num_hidden_layers=4, **sizes), torch.bfloat16
     )
     save_dense(model, folder)
     tokenizer.save_pretrained(folder)

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.conftest import tiny_recipe
+from pipeline.conftest import make_base, tiny_recipe
 from posttrain.errors import BindingError, ContractError, DataError, RecipeError
 from posttrain.pipeline.registry import open_registry, promote_release, registry_lines, registry_view
 from posttrain.pipeline.run import run_recipe
+from posttrain.policy import Policy
 from posttrain.recipe import parse_recipe
 from posttrain.releases import Kind
 from posttrain.report import write_report
@@ -50,6 +51,20 @@ def test_a_trial_moves_nothing_that_is_served(tiny_base: Path, tmp_path: Path) -
     summary = run_recipe(parse_recipe({**whole, "stages": whole["stages"][:1]}), quiet=True)
     release = summary["stages"][0]["releases"]["main"]
     assert summary["channels"] == dict.fromkeys(["trial", *(f"trial-{tenant}" for tenant in TENANTS)], release)
+
+
+def test_what_was_trained_on_four_bits_is_measured_and_released_on_the_dense_parent(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    whole = tiny_recipe(make_base(tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=16), tmp_path / "runs")
+    stage = {**whole["stages"][0]}
+    stage["options"] = {**stage["options"], "adapter": {"rank": 2, "base": "nf4"}}
+    summary = run_recipe(parse_recipe({**whole, "stages": [stage, {**stage, "name": "next"}]}), quiet=True)
+    registry, _ = open_registry(tmp_path / "runs")
+    first, second = (registry.get(done["releases"]["main"]) for done in summary["stages"])
+    assert second.lineage.parent.release == first.id  # the dense parent with the first adapter merged in
+    assert first.lineage.kind is second.lineage.kind is Kind.ADAPTER
+    assert first.runs_on == Policy.load(tmp_path / "base").fingerprint
+    assert all(done["accepted"] and done["metrics"]["kl_to_parent"]["n"] > 0 for done in summary["stages"])
 
 
 def test_a_failed_gate_stops_the_promotion_and_keeps_the_record(road: tuple[Path, dict[str, Any]]) -> None:

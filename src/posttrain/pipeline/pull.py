@@ -75,7 +75,20 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
         if team().first:
             runtime.policy.save_adapter(name, folder, base_name)
             runtime.contract.save(folder)
+    if runtime.policy.quantised:
+        runtime = _on_dense(runtime, folders, Path(base_name))
     return Pulled(runtime, folders, {name: why for name, why in stops.items() if why})
+
+
+def _on_dense(trained: Runtime, folders: Mapping[str, Path], parent: Path) -> Runtime:
+    """The adapters on the dense parent they are released on: what was trained on NF4 weights is measured where it will serve. Only the
+    first process measures."""
+    if not team().first:
+        return trained
+    runtime = Runtime.load(parent, trained.policy.dtype)
+    for name, folder in folders.items():
+        runtime.policy.load_adapter(name, folder, expected_parent=trained.policy.fingerprint)
+    return runtime
 
 
 def _distil(options: distill.DistillOptions, material: Material, bench: Workbench, player: Player, runtime: Runtime) -> Pulled:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from posttrain.policy.fused import Mix, forget_merged, install, is_simple
 from posttrain.policy.head import Head
 from posttrain.policy.inference import Inference
 from posttrain.policy.pack import Pack
+from posttrain.policy.quantised import quantise
 from posttrain.policy.recompute import Recompute, wrap
 from posttrain.policy.weights import fingerprint
 from posttrain.ranges import Count, Positive
@@ -36,7 +37,7 @@ class LoraOptions:
     """Hu 2021: W' = W + (alpha / r) B A. `targets` 'all-linear' adapts every linear layer but the output head.
 
     `top`: adapt only the last so many blocks, all of a model that has no more (a student, say); the backward pass ends below them.
-    None: all blocks.
+    None: all blocks. `base`: the form in which the frozen weights are kept while the adapter trains; 'nf4' is QLoRA.
     """
 
     rank: Count = 16
@@ -44,6 +45,7 @@ class LoraOptions:
     targets: str | tuple[str, ...] = "all-linear"
     rslora: bool = False
     top: Count | None = None
+    base: Literal["dense", "nf4"] = "dense"
 
 
 class Policy:
@@ -58,6 +60,7 @@ class Policy:
         self.model: Any = model  # becomes the PEFT wrapper with the first adapter
         self.folder = folder
         self._fingerprint: str | None = None
+        self.quantised = False
         self._mix = Mix()
         self._inference: Inference | None = None
         self._recompute = Recompute()
@@ -132,7 +135,12 @@ class Policy:
         return tuple(getattr(self.model, "peft_config", {}))
 
     def add_adapter(self, name: str, options: LoraOptions, seed: int) -> None:
-        """A fresh adapter: A Kaiming-uniform, B zero, so the policy starts equal to its base bit for bit."""
+        """A fresh adapter: A Kaiming-uniform, B zero, so the policy starts equal to its base bit for bit.
+
+        With `options.base` 'nf4' the base is quantised first, for as long as this policy lives: BindingError when it holds an adapter
+        of the dense base."""
+        if options.base == "nf4" and not self.quantised:
+            self._quantise()
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(
@@ -170,6 +178,19 @@ class Policy:
             "layers_to_transform": list(range(max(0, blocks - options.top), blocks)),
             "layers_pattern": "layers",
         }
+
+    def _quantise(self) -> None:
+        if self.adapters:
+            raise BindingError(
+                "the policy holds adapters of the dense base",
+                where="policy",
+                value=", ".join(self.adapters),
+                remedy="give every adapter of the stage the same `base`",
+            )
+        _ = self.fingerprint  # of the dense weights, which the adapter stays bound to
+        self.forget_inference()
+        quantise(self.base)
+        self.quantised = True
 
     def load_adapter(self, name: str, folder: Path, expected_parent: str | None = None) -> None:
         """Load a PEFT folder under `name`; refuse it when it was trained on other weights than these."""

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import BindingError
+
 
 def fingerprint(model: Any) -> str:
     """SHA-256 over the bf16 bytes of every base parameter, sorted by name (adapters left out, tied weights once)."""
@@ -76,7 +78,13 @@ class MergeParity:
 
 @torch.no_grad()
 def merge_adapter(policy: Any, name: str) -> None:
-    """W <- round_bf16(W + s B A), added in fp32 and rounded once (objectives.md 2.1); the adapters are dropped afterwards."""
+    """W <- round_bf16(W + s B A), added in fp32 and rounded once (objectives.md 2.1); the adapters are dropped afterwards.
+
+    Raises BindingError on a quantised base: what was rounded to four bits is not the parent the adapter is released on."""
+    if policy.quantised:
+        raise BindingError(
+            "an adapter is never merged into quantised weights", where=name, remedy="load it on its dense parent and merge there"
+        )
     for module in policy.model.modules():
         if name in getattr(module, "lora_A", {}):
             weight = module.get_base_layer().weight
