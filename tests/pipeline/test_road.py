@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 
 from pipeline.conftest import make_base, tiny_recipe
 from posttrain.errors import BindingError, ContractError, DataError, RecipeError
@@ -21,6 +23,7 @@ from posttrain.policy import Policy
 from posttrain.recipe import parse_recipe
 from posttrain.releases import Kind
 from posttrain.report import write_report
+from posttrain.training.team import Sharding, Team, sharding_of
 
 STAGES = ["sft", "tools", "preference", "reason", "distill", "adapters"]
 TENANTS = ["bank_A", "retail_B", "saas_C"]
@@ -65,6 +68,16 @@ def test_what_was_trained_on_four_bits_is_measured_and_released_on_the_dense_par
     assert first.lineage.kind is second.lineage.kind is Kind.ADAPTER
     assert first.runs_on == Policy.load(tmp_path / "base").fingerprint
     assert all(done["accepted"] and done["metrics"]["kl_to_parent"]["n"] > 0 for done in summary["stages"])
+
+
+def test_four_bits_are_not_sharded_and_it_is_said_before_anything_is_loaded(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_recipe(tiny_base, tmp_path)
+    whole["stages"][3]["options"]["adapter"]["base"] = "nf4"
+    monkeypatch.setattr("posttrain.pipeline.checks.team", lambda: Team(0, 2, Sharding()))
+    with pytest.raises(RecipeError, match=r"stages\.reason\.options\.adapter\.base"):
+        run_recipe(parse_recipe(whole), quiet=True)
 
 
 def test_a_failed_gate_stops_the_promotion_and_keeps_the_record(road: tuple[Path, dict[str, Any]]) -> None:
@@ -219,13 +232,22 @@ def _key(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
+ACCELERATE = Path(__file__).parents[2] / "configs" / "accelerate"
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate, sharded": ["accelerate.commands.launch", "--config_file", str(ACCELERATE / "2_gpus_sharded.yaml")],
+}
+
+
 @pytest.mark.slow
-def test_two_processes_walk_the_road_of_one(road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path) -> None:
-    """Through `torchrun`, as docs/recipes.md has it: same losses, one set of releases, nothing written twice."""
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_walk_the_road_of_one(
+    launcher: str, road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path
+) -> None:
+    """As docs/recipes.md has it: same losses, one set of releases, nothing written twice."""
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(tiny_recipe(tiny_base, tmp_path / "runs")), "utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "posttrain", "run", str(recipe)]
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "-m", "posttrain", "run", str(recipe)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())
@@ -235,6 +257,18 @@ def test_two_processes_walk_the_road_of_one(road: tuple[Path, dict[str, Any]], t
     assert ours.keys() == theirs.keys() and len(ours) > 6
     for place in ours:
         assert ours[place] == pytest.approx(theirs[place], abs=1e-3), place
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in ACCELERATE.glob("*.yaml")))
+def test_accelerate_reads_every_configuration_and_it_asks_for_nothing_that_is_refused(name: str) -> None:
+    config = load_config_from_file(str(ACCELERATE / name))
+    assert name in (ACCELERATE / name).read_text("utf-8").splitlines()[1]  # the command in the file names the file
+    assert config.num_processes == math.prod(map(int, re.findall(r"\d+", name)))
+    sharded = "sharded" in name
+    assert (config.distributed_type == "FSDP") == sharded
+    told = {key.upper(): str(value) for key, value in (config.fsdp_config if sharded else {}).items()}
+    launch = {"ACCELERATE_USE_FSDP": str(sharded), "ACCELERATE_MIXED_PRECISION": str(config.mixed_precision), **told}
+    assert sharding_of(launch) == (Sharding(reshard=True) if sharded else None)
 
 
 def _losses(run: Path) -> dict[tuple[Any, ...], float]:

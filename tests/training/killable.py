@@ -20,7 +20,7 @@ from posttrain.policy import LoraOptions, Policy
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from posttrain.stages import Workbench, preference, reason, sft
 from posttrain.stages.bench import derive
-from posttrain.training import OptimiserOptions
+from posttrain.training import OptimiserOptions, team
 from posttrain.verifying.judgement import Judgement
 from tiny_models import tiny_model, train_tokenizer
 
@@ -43,6 +43,8 @@ def run(kind: str, folder: Path, *, log: object = quiet, dtype: torch.dtype = to
     torch.manual_seed(0)
     contract = Contract(train_tokenizer())
     policy = Policy(tiny_model(vocabulary=contract.vocabulary_size).to(dtype))
+    if (sharding := team().sharding) is not None:
+        policy.shard(sharding.reshard)
     bench = Workbench(policy, contract, folder, identity=IDENTITY, seed=3, pack_tokens=120, log=log)  # type: ignore[arg-type]
     asked = [Message("user", f"What is due on account {i}?") for i in range(8)]
     if kind == "sft":

@@ -199,11 +199,12 @@ def test_the_update_is_adamw_with_the_given_constants() -> None:
 def test_the_reference_is_the_base_whatever_the_adapter_has_become() -> None:
     it = learner()
     pack = Pack.of(SEQUENCES)
-    base = it.reference_logprobs(pack)
+    ((_, base),) = it.reference_logprobs([pack])
     for _ in range(3):
         it.forward_backward([pack], cross_entropy(TOTAL))
         it.step()
-    assert torch.equal(it.reference_logprobs(pack), base) and not it.reference_logprobs(pack).requires_grad
+    ((same, again),) = it.reference_logprobs([pack])
+    assert same is pack and torch.equal(again, base) and not again.requires_grad
     assert not torch.equal(it.policy.logprobs(pack).detach(), base)
 
 

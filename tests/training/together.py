@@ -1,4 +1,4 @@
-"""One process of several: `python together.py {sft|dpo|grpo} FOLDER STOP`. The first one writes the adapter's weights and the losses.
+"""One process of several: `python together.py {sft|dpo|grpo|shares} FOLDER STOP`. The first one writes what it ends with.
 
 STOP is the step after which every process gives up, as if the machine had gone down; -1: never.
 """
@@ -8,11 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import killable
 import torch
+from torch.distributed.tensor import DTensor
 
+from posttrain.policy import Pack, Policy
 from posttrain.training import team
+from tiny_models import sequence, tiny_model
 
 
 def run(kind: str, folder: Path, stop: int) -> dict[str, object] | None:
@@ -31,10 +35,31 @@ def run(kind: str, folder: Path, stop: int) -> dict[str, object] | None:
     return {"weights": weights, "losses": losses}
 
 
+def shares() -> dict[str, float]:
+    """How many numbers of the blocks this process holds, and what a pass alone gives while all are gathered."""
+    policy, whole = (Policy(tiny_model()) for _ in range(2))
+    pack = Pack.of([sequence([5, 6, 7, 8, 9])])
+    blocks = policy.base.base_model.layers
+    found = {"whole": float(sum(p.numel() for p in blocks.parameters()))}
+
+    def held() -> float:
+        return float(sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in blocks.parameters()))
+
+    policy.shard()
+    found["blocks"] = held()
+    with policy.gathered(), torch.no_grad():
+        found["gathered"] = held()
+        if team().first:
+            found["difference"] = float((policy.logprobs(pack) - whole.logprobs(pack)).abs().max())
+    found["blocks again"] = held()
+    return found
+
+
 def main() -> None:
     kind, folder, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
-    end = run(kind, folder, stop)
+    team()
+    end: dict[str, Any] | None = dict(shares()) if kind == "shares" else run(kind, folder, stop)
     if end is not None and team().first:
         torch.save(end, folder / "end.pt")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from posttrain.agents.world import load_world
 from posttrain.contract import Contract, preflight
 from posttrain.contract.rendering import Renderer
-from posttrain.errors import StorageError
+from posttrain.errors import RecipeError, StorageError
 from posttrain.evaluation import Suite
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
@@ -17,6 +17,7 @@ from posttrain.policy.base import free_bytes, resolve_base
 from posttrain.recipe import Recipe, StageRecipe, stage_options
 from posttrain.stages.distill import DistillOptions, kept_layers
 from posttrain.stages.reason import ReasonOptions, check_tasks
+from posttrain.training import team
 
 # merged parents, releases and checkpoints of one stage, as multiples of the base's own files
 _COPIES_PER_STAGE = 3
@@ -49,6 +50,21 @@ def check_depth(recipe: Recipe, base: Path) -> None:
         options = stage_options(stage)
         if isinstance(options, DistillOptions):
             kept_layers(depth, options, where=f"stages.{stage.name}.options.layers")
+
+
+def check_sharding(recipe: Recipe) -> None:
+    """Raise RecipeError when the processes share out weights that a stage would keep in four bits."""
+    if team().sharding is None:
+        return
+    for stage in recipe.stages:
+        adapter = getattr(stage_options(stage), "adapter", None)
+        if adapter is not None and adapter.base == "nf4":
+            raise RecipeError(
+                "NF4 weights cannot be sharded",
+                where=f"stages.{stage.name}.options.adapter.base",
+                value="nf4",
+                remedy="launch without FSDP, or train on the dense base",
+            )
 
 
 def check_disk(recipe: Recipe, base: Path) -> None:

@@ -52,6 +52,8 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
     options: Any = stage_options(stage)
     if stage.kind == "distill":
         return _distil(options, material, bench, player, runtime)
+    if (sharding := team().sharding) is not None:
+        runtime.policy.shard(sharding.reshard)
     stops: Mapping[str, str | None]
     if stage.kind == "adapters":
         stops = adapters.run(options, material.tenants, bench)
@@ -75,14 +77,14 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
         if team().first:
             runtime.policy.save_adapter(name, folder, base_name)
             runtime.contract.save(folder)
-    if runtime.policy.quantised:
+    if runtime.policy.quantised or runtime.policy.sharded:
         runtime = _on_dense(runtime, folders, Path(base_name))
     return Pulled(runtime, folders, {name: why for name, why in stops.items() if why})
 
 
 def _on_dense(trained: Runtime, folders: Mapping[str, Path], parent: Path) -> Runtime:
-    """The adapters on the dense parent they are released on: what was trained on NF4 weights is measured where it will serve. Only the
-    first process measures."""
+    """The adapters on the dense parent they are released on: what was trained on NF4 or shared weights is measured where it will serve.
+    Only the first process measures."""
     if not team().first:
         return trained
     runtime = Runtime.load(parent, trained.policy.dtype)

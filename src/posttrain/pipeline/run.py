@@ -15,7 +15,7 @@ from posttrain.evaluation import RunSummary, Scorecard, Suite, Verdict, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
 from posttrain.pipeline.assist import Order, assist, call
-from posttrain.pipeline.checks import check_depth, check_disk, check_material
+from posttrain.pipeline.checks import check_depth, check_disk, check_material, check_sharding
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.folder import Clock, RunFolder, peak_memory_mb
 from posttrain.pipeline.material import Material, gather
@@ -71,6 +71,7 @@ class _Run:
         self.dtype = parse_dtype(recipe.dtype)
         check_depth(recipe, resolve_base(recipe.base))
         check_disk(recipe, resolve_base(recipe.base))
+        check_sharding(recipe)
         self.world: World = load_world(recipe.world)
         output = Path(recipe.output)
         self.registry = Registry(output / "registry")

@@ -31,9 +31,10 @@ _MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 @dataclass(slots=True)
 class Mix:
     """Whose tokens the next passes hold: per adapter the indices of its tokens (None: all of them). Tokens of no adapter are the base's.
-    None: the active adapter's, as PEFT has it."""
+    None: the active adapter's, as PEFT has it. `merge`: whether a training pass may form W', which is as large as W."""
 
     shares: list[tuple[str, Tensor | None]] | None = field(default=None)
+    merge: bool = True
 
 
 def install(model: nn.Module, mix: Mix) -> None:
@@ -81,7 +82,7 @@ def _factors(module: Any) -> _Factors | None:
         return _Factors(module.weight, module.bias) if _plain(module) else None
     if not is_lora(module) or not _plain(module.base_layer) or module.merged:
         return None
-    if module._posttrain_mix.shares is not None:
+    if module._posttrain_mix.shares is not None or not module._posttrain_mix.merge:
         return None
     base = module.base_layer
     active = [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,6 +21,7 @@ from posttrain.policy.inference import Inference
 from posttrain.policy.pack import Pack
 from posttrain.policy.quantised import quantise
 from posttrain.policy.recompute import Recompute, wrap
+from posttrain.policy.sharded import gathered, shard
 from posttrain.policy.weights import fingerprint
 from posttrain.ranges import Count, Positive
 
@@ -61,6 +62,8 @@ class Policy:
         self.folder = folder
         self._fingerprint: str | None = None
         self.quantised = False
+        self.sharded = False
+        self._reshard = True
         self._mix = Mix()
         self._inference: Inference | None = None
         self._recompute = Recompute()
@@ -179,13 +182,32 @@ class Policy:
             "layers_pattern": "layers",
         }
 
-    def _quantise(self) -> None:
-        if self.adapters:
+    def shard(self, reshard: bool = True) -> None:
+        """From here on hold a share of each block's weights (`policy/sharded.py`); called by all processes, before any adapter."""
+        if self.adapters or self.quantised:
             raise BindingError(
-                "the policy holds adapters of the dense base",
+                "only a bare dense base can be sharded",
                 where="policy",
-                value=", ".join(self.adapters),
-                remedy="give every adapter of the stage the same `base`",
+                value="NF4 weights" if self.quantised else ", ".join(self.adapters),
+                remedy="shard before adapters are added, and with adapter.base: dense",
+            )
+        _ = self.fingerprint  # of the whole weights, which adapters stay bound to
+        self.forget_inference()
+        self._mix.merge = False  # W' is a whole layer
+        shard(self.base.base_model, self.device, reshard)
+        self.sharded, self._reshard = True, reshard
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, passes without gradients need no other process: sampling, where each has its own number of them."""
+        return gathered(self.base.base_model.layers, self._reshard) if self.sharded else nullcontext()
+
+    def _quantise(self) -> None:
+        if self.adapters or self.sharded:
+            raise BindingError(
+                "the policy is sharded" if self.sharded else "the policy holds adapters of the dense base",
+                where="adapter.base: nf4",
+                value=", ".join(self.adapters) or None,
+                remedy="give every adapter of the stage the same `base`, and train NF4 weights without FSDP",
             )
         _ = self.fingerprint  # of the dense weights, which the adapter stays bound to
         self.forget_inference()

@@ -114,8 +114,7 @@ def _packs(sides: Sequence[Rendered], pack_tokens: int) -> list[Pack]:
 def _reference(packs: Sequence[Pack], learner: Learner) -> dict[int, Tensor]:
     """The reference's log-probabilities by member, of its learned tokens in order."""
     found = {}
-    for pack in team().own(packs):
-        values = learner.reference_logprobs(pack)
+    for pack, values in learner.reference_logprobs(packs):
         for place, member in enumerate(pack.members):
             found[member] = values[(pack.sequence == place).to(values.device)]
     return {member: values for share in team().gather(found) for member, values in share.items()}

@@ -21,7 +21,7 @@ from posttrain.policy.policy import LoraOptions
 from posttrain.ranges import Count, NonNegative, Positive, Share, Whole
 from posttrain.stages import sft
 from posttrain.stages.bench import Work, Workbench, batches, derive, leash, train
-from posttrain.training import Learner, OptimiserOptions, Scored, team
+from posttrain.training import Learner, OptimiserOptions, Scored
 from posttrain.verifying.judgement import Judgement
 
 # (tasks, copies, seed, adapter) -> copies episodes of each task in order, each with its judgement (None: could not be judged)
@@ -101,7 +101,7 @@ def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbe
 
 def collect(options: CollectOptions, tasks: Sequence[Task], play: Play, bench: Workbench) -> list[Rendered]:
     """Sequences of the episodes the verifier passed, capped and deduplicated per task. Sampled from the parent (adapter still zero)."""
-    with bench.clock("sample"):
+    with bench.clock("sample"), bench.policy.gathered():
         played = play(tasks, options.samples, derive(bench.seed, "collect"), None)
     kept: list[Rendered] = []
     solved = 0
@@ -135,7 +135,7 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
 
     def work(step: int) -> Work:
         chosen = [tasks[i] for i in plan[step]]
-        with bench.clock("sample"):
+        with bench.clock("sample"), bench.policy.gathered():
             played = play(chosen, options.group, derive(bench.seed, "rollout", step), name)
         advantages, rewards = group_advantages(options, [judgement for _, judgement in played])
         live = [i for i in range(len(played)) if advantages[i] != 0 and played[i][0].turns]
@@ -174,8 +174,8 @@ def work_of(
     of sequence i's learned tokens. The reference is computed only where a KL term or a limit asks for it."""
     packs = fill_packs(sequences, pack_tokens)
     wanted = options.beta != 0 or options.max_kl is not None
-    references = {id(pack): learner.reference_logprobs(pack) if wanted else None for pack in team().own(packs)}
-    return Work(packs, lambda scored: _objective(scored, options, old, advantages, references[id(scored.pack)], rows))
+    references = {id(pack): values for pack, values in learner.reference_logprobs(packs)} if wanted else {}
+    return Work(packs, lambda scored: _objective(scored, options, old, advantages, references.get(id(scored.pack)), rows))
 
 
 def group_advantages(options: GrpoOptions, judgements: Sequence[Judgement | None]) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,16 @@ class Learner:
             totals["loss"] += float(loss.detach())
             for name, value in metrics.items():
                 totals[name] = totals.get(name, 0.0) + float(value)
+        for pack in self._company(packs):
+            (self.score(pack).hidden.sum() * 0).backward()  # type: ignore[no-untyped-call]
         self.tokens_done += sum(pack.tokens for pack in packs)
         return team().totals(totals)
+
+    def _company(self, packs: Sequence[Pack]) -> list[Pack]:
+        """Packs to run for nothing: where weights are sharded, a pass needs every process, also those that have fewer packs."""
+        if not self.policy.sharded or not packs:
+            return []
+        return [min(packs, key=lambda pack: pack.tokens)] * team().idle(packs)
 
     def _sum_gradients(self) -> None:
         if team().size == 1:
@@ -120,10 +128,13 @@ class Learner:
         return Scored(self.policy, pack, hidden[pack.rows.to(hidden.device)])
 
     @torch.no_grad()
-    def reference_logprobs(self, pack: Pack) -> Tensor:
-        """[N] of the same base with every adapter off."""
+    def reference_logprobs(self, packs: Sequence[Pack]) -> list[tuple[Pack, Tensor]]:
+        """[N] of the same base with every adapter off, for each of this process's packs."""
         with self.policy.only_base():
-            return self.policy.logprobs(pack)
+            found = [(pack, self.policy.logprobs(pack)) for pack in team().own(packs)]
+            for pack in self._company(packs):
+                self.policy.hidden(pack)
+        return found
 
     def step(self) -> dict[str, float]:
         """Clip, update, clear. Returns the gradient norm before clipping and the rate used."""

@@ -4,6 +4,9 @@ Every process holds the whole policy and runs the same stage; what decides anyth
 on all of them, so that they stay equal. Only the first process writes. An objective divides by the step's global counts itself
 (objectives.md 1.2), which is why sums are all there is to exchange.
 
+Where accelerate's configuration names FSDP (version 2), a process holds a share of the frozen weights while a stage trains
+(`policy/sharded.py`); whatever else that configuration asks for is refused rather than ignored.
+
 Processes are started by `accelerate launch -m posttrain run ...` or by `torchrun`; alone, every call here is the identity.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -18,16 +22,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from posttrain.errors import RecipeError
 from posttrain.policy.pack import Pack
 
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """FSDP2. reshard: let go of a block's whole weights between its forward and its backward pass."""
+
+    reshard: bool = True
+
+
 class Team:
     """This process's place among `size` processes, and what they exchange. Calls must be made by all, in the same order."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, sharding: Sharding | None = None) -> None:
+        self.rank, self.size, self.sharding = rank, size, sharding
 
     @property
     def first(self) -> bool:
@@ -37,12 +49,20 @@ class Team:
     def own(self, packs: Iterable[Pack]) -> list[Pack]:
         """This process's packs: the longest first, each to the process with the fewest tokens so far."""
         everything = list(packs)
+        return [everything[index] for index in sorted(self._shares(everything)[self.rank])]
+
+    def idle(self, packs: Sequence[Pack]) -> int:
+        """How many packs this process has fewer than the one that has most."""
+        shares = self._shares(packs)
+        return max(map(len, shares)) - len(shares[self.rank])
+
+    def _shares(self, packs: Sequence[Pack]) -> list[list[int]]:
         loads, shares = [0] * self.size, [[] for _ in range(self.size)]  # type: list[int], list[list[int]]
-        for index in sorted(range(len(everything)), key=lambda i: (-everything[i].tokens, i)):
+        for index in sorted(range(len(packs)), key=lambda i: (-packs[i].tokens, i)):
             least = loads.index(min(loads))
-            loads[least] += everything[index].tokens
+            loads[least] += packs[index].tokens
             shares[least].append(index)
-        return [everything[index] for index in sorted(shares[self.rank])]
+        return shares
 
     def split(self, items: Sequence[T]) -> list[T]:
         """This process's items: every `size`-th. `joined` puts what became of them back in order."""
@@ -106,5 +126,42 @@ def team() -> Team:
         return Team()
     from accelerate import PartialState
 
+    sharding = sharding_of(os.environ)
     state = PartialState(cpu=not torch.cuda.is_available())
-    return Team(state.process_index, state.num_processes)
+    return Team(state.process_index, state.num_processes, sharding)
+
+
+# What `accelerate launch` may ask for and posttrain does in another way or not at all: variable, its harmless values, remedy.
+_REFUSED = (
+    ("ACCELERATE_USE_DEEPSPEED", ("", "false"), "use FSDP version 2"),
+    ("ACCELERATE_USE_MEGATRON_LM", ("", "false"), "use FSDP version 2"),
+    (
+        "ACCELERATE_MIXED_PRECISION",
+        ("", "no"),
+        "name the number type in the recipe, `dtype: bfloat16`, and set mixed_precision to no",
+    ),
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", ("", "1"), "a step's packs are accumulated already: raise the stage's `batch`"),
+)
+_REFUSED_FSDP = (
+    ("FSDP_OFFLOAD_PARAMS", ("", "false"), "set fsdp_offload_params to false"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", ("", "false"), "say `recompute: true` in the recipe"),
+)
+
+
+def sharding_of(environment: Mapping[str, str]) -> Sharding | None:
+    """What accelerate's configuration says of sharding. RecipeError where it asks for something that would not be done."""
+    sharded = _flag(environment, "ACCELERATE_USE_FSDP")
+    for name, harmless, remedy in (*_REFUSED, *(_REFUSED_FSDP if sharded else ())):
+        if (value := environment.get(name, "").lower()) not in harmless:
+            raise RecipeError(
+                "accelerate's configuration asks for what posttrain does not do", where=name, value=value, remedy=remedy
+            )
+    if not sharded:
+        return None
+    if (version := environment.get("FSDP_VERSION", "1")) != "2":
+        raise RecipeError("only FSDP version 2 is supported", where="FSDP_VERSION", value=version, remedy="set fsdp_version to 2")
+    return Sharding(_flag(environment, "FSDP_RESHARD_AFTER_FORWARD", "true"))
+
+
+def _flag(environment: Mapping[str, str], name: str, default: str = "false") -> bool:
+    return environment.get(name, default).lower() in ("true", "1")
