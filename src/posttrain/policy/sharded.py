@@ -18,8 +18,11 @@ from torch.distributed.tensor import DTensor
 
 
 def shard(body: Any, device: torch.device, reshard: bool) -> None:
-    """Share out the weights of each block of a body (`body.layers`) over all processes. `reshard`: let go of the whole after a forward pass and gather it again
-    for the backward one; otherwise it stays from a forward pass to its backward pass."""
+    """Share out the weights of each block of a body (`body.layers`) over all processes.
+
+    reshard: let go of the whole after a forward pass and gather it again for the backward one; otherwise it stays from a forward pass to
+    its backward pass.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
