@@ -1,7 +1,7 @@
 """Drawing one token per row: grammar mask, repetition penalty, temperature, truncation, and both log-probabilities.
 
 No pass over the vocabulary that is not needed: no sort, no multinomial, no running sum over all of it. Axis letters: R rows,
-V vocabulary, W rows that are not greedy.
+V vocabulary, W rows that are not greedy, n rows drawn from weights of their own.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def uniforms(seed: int, count: int) -> NDArray[np.float64]:
 
 
 def unpack_mask(bits: NDArray[np.int32], vocabulary: int) -> Tensor:
-    """[R, ceil(V/32)] packed bits, least significant first -> [R, V] bool."""
-    flat = np.unpackbits(bits.view(np.uint8), axis=1, bitorder="little")
-    return torch.from_numpy(
-        flat[:, :vocabulary].view(bool)
-        if flat.shape[1] >= vocabulary
-        else np.pad(flat, ((0, 0), (0, vocabulary - flat.shape[1]))).view(bool)
-    )
+    """[R, ceil(V/32)] packed bits, least significant first -> [R, V] float32: 1 allowed, 0 forbidden, as weights are multiplied by it."""
+    flat = _SPREAD.take(bits.view(np.uint8), axis=0).reshape(len(bits), -1)
+    missing = vocabulary - flat.shape[1]
+    return torch.from_numpy(np.pad(flat, ((0, 0), (0, missing))) if missing > 0 else flat[:, :vocabulary])
+
+
+# a byte of a mask as eight weights: one look-up is a third of the time of unpacking bits and converting them
+_SPREAD = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.float32)
 
 
 def draw(
@@ -42,26 +43,57 @@ def draw(
     allowed: Tensor | None,
     context: Sequence[Callable[[], Sequence[int]]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [R, V] float32 -> (tokens [R], full log-probabilities [R], log-probabilities drawn from [R]).
+    """logits [R, V] float32, allowed [R, V] (0: forbidden, 1: allowed) -> (tokens [R], full log-probabilities [R], log-probabilities
+    drawn from [R]).
 
     A row takes the token in whose stretch of the unit interval its number u falls. Greedy rows (temperature 0) take the most probable
     allowed token; its drawn-from log-probability is 0: nothing was left to chance. `context` gives a row's prompt and answer so far,
     asked for only where a repetition penalty needs it. The full log-probabilities know neither mask nor options.
     """
-    normaliser = torch.logsumexp(logits, dim=-1)
-    scores = _penalised(logits, options, context)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    tokens = scores.argmax(dim=-1)
+    tokens = _argmax(logits)
+    top = logits.gather(1, tokens[:, None])
+    weights = (logits - top).exp_()
+    normaliser = top[:, 0] + weights.sum(dim=-1).log_()
+    # most rows are drawn from these very weights, less what the mask forbids; the others have weights of their own
+    fitting = torch.ones(len(tokens)) if allowed is None else allowed.gather(1, tokens[:, None])[:, 0]
+    own = [i for i, option in enumerate(options) if not fitting[i] or not _is_plain(option)]
+    if own:
+        rows = slice(None) if len(own) == len(tokens) else torch.tensor(own)
+        scores = _penalised(logits[rows], [options[i] for i in own], None if context is None else [context[i] for i in own])
+        mask = None if allowed is None else allowed[rows]
+        moved = [k for k, i in enumerate(own) if not fitting[i] or options[i].repetition_penalty != 1]
+        if moved:
+            tokens[[own[k] for k in moved]] = _best(scores[moved], None if mask is None else mask[moved])
+        weights[rows] = _weights(scores, tokens[rows], [options[i] for i in own])
     drawn = torch.zeros(len(tokens))
     warm = [i for i, option in enumerate(options) if option.temperature > 0]
     if warm:
-        rows = scores if len(warm) == len(tokens) else scores[warm]
-        weights = _weights(rows, tokens[warm], [options[i] for i in warm])
+        every = len(warm) == len(tokens)
+        weights = weights if every else weights[warm]
+        if allowed is not None:
+            weights.mul_(allowed if every else allowed[warm])
+        for row, i in enumerate(warm):
+            _cut(weights[row], options[i])
         chosen = _inverse_cdf(weights, torch.tensor([u[i] for i in warm], dtype=torch.float64))
         tokens[warm] = chosen
         drawn[warm] = (weights.gather(1, chosen[:, None])[:, 0] / weights.sum(dim=-1)).log()
     return tokens, logits.gather(1, tokens[:, None])[:, 0] - normaliser, drawn
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """[R, V] -> [R], the first of equals. numpy's takes a twentieth of the time of torch's on a CPU."""
+    return torch.from_numpy(scores.numpy(force=True).argmax(axis=1))
+
+
+def _best(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """[n, V] -> the best allowed token of each row [n]."""
+    # adding 0 or a number below all scores is exact for what is allowed, and a quarter of masked_fill's time
+    return _argmax(scores if mask is None else torch.add(scores, mask.float() - 1, alpha=1e30))
+
+
+def _is_plain(option: SampleOptions) -> bool:
+    """Whether the scores are the logits as they are."""
+    return option.temperature in (0, 1) and option.repetition_penalty == 1
 
 
 def _penalised(logits: Tensor, options: Sequence[SampleOptions], context: Sequence[Callable[[], Sequence[int]]] | None) -> Tensor:
@@ -79,16 +111,13 @@ def _penalised(logits: Tensor, options: Sequence[SampleOptions], context: Sequen
 
 
 def _weights(scores: Tensor, best: Tensor, options: Sequence[SampleOptions]) -> Tensor:
-    """Unnormalised probabilities [W, V] of tempered and truncated scores; the best token's is 1, what is cut has 0."""
-    temperatures = torch.tensor([option.temperature for option in options])[:, None]
-    weights = scores - scores.gather(1, best[:, None])
+    """Unnormalised probabilities [n, V] of tempered scores: 1 for the best allowed token, at most 1 for those the mask takes away."""
+    temperatures = torch.tensor([option.temperature or 1.0 for option in options])[:, None]
+    # forbidden scores may lie above the best allowed one; exp of -inf in their place would take twenty times as long
+    weights = (scores - scores.gather(1, best[:, None])).clamp_(max=0)
     if (temperatures != 1).any():
         weights.div_(temperatures)
-    weights.exp_()
-    for row, option in enumerate(options):
-        if option.top_k or option.top_p < 1 or option.min_p:
-            _cut(weights[row], option)
-    return weights
+    return weights.exp_()
 
 
 def _cut(weights: Tensor, option: SampleOptions) -> None:

@@ -136,10 +136,10 @@ class Run(ABC):
             [row.context for row in rows],
         )
         drawn_tokens = 0
-        for i, row in enumerate(rows):
+        for i, (row, token, logp, own) in enumerate(zip(rows, tokens.tolist(), full.tolist(), drawn.tolist(), strict=True)):
             before = len(row.ids)
             only = counts is not None and row.matcher is not None and counts[i] == 1
-            self._append(row, int(tokens[i]), float(full[i]), 0.0 if only else float(drawn[i]), only)
+            self._append(row, token, logp, 0.0 if only else own, only)
             drawn_tokens += len(row.ids) - before
         if self.progress is not None:
             self.progress(drawn_tokens)
