@@ -103,3 +103,15 @@ def test_samples_are_the_learners_whatever_shares_the_batch(policy: Policy) -> N
         with torch.no_grad():
             own = policy.logprobs(Pack.of([sequence(ids, range(len(request.prompt), len(ids)))]))
         torch.testing.assert_close(torch.tensor(got.logprobs), own, atol=1e-4, rtol=1e-3)
+
+
+def test_a_stream_gives_what_a_batch_gives(policy: Policy) -> None:
+    asked = [SampleRequest(tuple(row), i, SampleOptions(8, 1.0)) for i, row in enumerate(ROWS)]
+    sampler, found = LocalSampler(policy, END), dict[int, Any]()
+    stream = sampler.open(2)
+    for request in asked:  # each enters a running batch
+        stream.admit([request])
+        found.update(stream.step())
+    while len(found) < len(asked):
+        found.update(stream.step())
+    assert [found[ticket].ids for ticket in range(len(asked))] == [sample.ids for sample in sampler.sample(asked)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -44,24 +45,47 @@ def echo(request: CompletionRequest) -> Completion:
 
 @dataclass
 class FakeEngine:
-    """Answers by a function that a test may swap; remembers every batch; `gate` holds it back while unset."""
+    """Answers by a function that a test may swap; remembers what entered together, how many ran together and what was cancelled; while
+    `gate` is unset only requests that `hurry` picks are answered."""
 
     answer: Answer = echo
     batches: list[list[CompletionRequest]] = field(default_factory=list)
+    most: int = 0
+    opened: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
-    saw_abandoned: threading.Event = field(default_factory=threading.Event)
+    hurry: Callable[[CompletionRequest], bool] = lambda _request: False
+    cancelled: list[CompletionRequest] = field(default_factory=list)
 
-    def complete(self, requests: Sequence[CompletionRequest], abandoned: Callable[[], bool]) -> list[Completion | PosttrainError]:
-        self.batches.append(list(requests))
-        while not self.gate.wait(0.01):
-            if abandoned():
-                self.saw_abandoned.set()
-                break
-        return [self.answer(request) for request in requests]
+    def open(self, rows: int) -> FakeStream:
+        self.opened += 1
+        return FakeStream(self)
 
     @property
     def last(self) -> CompletionRequest:
         return self.batches[-1][-1]
+
+
+@dataclass
+class FakeStream:
+    engine: FakeEngine
+    inside: dict[int, CompletionRequest] = field(default_factory=dict)
+    tickets: Iterator[int] = field(default_factory=itertools.count)
+
+    def admit(self, requests: Sequence[CompletionRequest]) -> list[int]:
+        self.engine.batches.append(list(requests))
+        tickets = [next(self.tickets) for _ in requests]
+        self.inside.update(zip(tickets, requests, strict=True))
+        self.engine.most = max(self.engine.most, len(self.inside))
+        return tickets
+
+    def step(self) -> dict[int, Completion | PosttrainError]:
+        opened = self.engine.gate.wait(0.01)
+        done = {t: self.engine.answer(r) for t, r in self.inside.items() if opened or self.engine.hurry(r)}
+        self.inside = {t: r for t, r in self.inside.items() if t not in done}
+        return done
+
+    def cancel(self, ticket: int) -> None:
+        self.engine.cancelled.append(self.inside.pop(ticket))
 
 
 @dataclass

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
 
 from posttrain.contract import MalformedCall, parse_turn
 from posttrain.data.records import Message, StopReason, ToolCall, ToolSpec
-from posttrain.errors import ContractError, DataError, GrammarError
+from posttrain.errors import ContractError, DataError, GrammarError, PosttrainError
 from posttrain.grammar import json_grammar, turn_grammar
 from posttrain.sampling.protocol import Sample, SampleOptions, SampleRequest
-from posttrain.serving import Abandoned, Completion, CompletionRequest, ContractEngine, Finish, InvalidAnswer
+from posttrain.serving import Completion, CompletionRequest, ContractEngine, Finish, InvalidAnswer
 
 END = 256
 TOOL = ToolSpec(
@@ -39,24 +38,34 @@ class ByteContract:
 
 
 class ScriptedSampler:
-    """Says what the script has for a prompt; `broken` prompts raise; remembers its calls."""
+    """Says what the script has for a prompt; `broken` prompts fail; remembers what entered together and what was cancelled. A stream of
+    its own: each answer takes one step."""
 
     def __init__(self, says: Callable[[str], str], stop: StopReason = StopReason.END_OF_TURN) -> None:
         self.says, self.stop, self.calls = says, stop, list[list[SampleRequest]]()
+        self.cancelled, self.inside = list[int](), dict[int, SampleRequest]()
 
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def open(self, rows: int) -> ScriptedSampler:
+        return self
 
-    def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
+    def admit(self, requests: Sequence[SampleRequest]) -> list[int]:
+        start = sum(map(len, self.calls))
         self.calls.append(list(requests))
-        if progress is not None:
-            progress(len(requests))
-        return [self._one(request) for request in requests]
+        self.inside.update(enumerate(requests, start))
+        return list(range(start, start + len(requests)))
 
-    def _one(self, request: SampleRequest) -> Sample:
+    def step(self) -> dict[int, Sample | PosttrainError]:
+        done, self.inside = self.inside, {}
+        return {ticket: self._one(request) for ticket, request in done.items()}
+
+    def cancel(self, ticket: int) -> None:
+        self.cancelled.append(ticket)
+        del self.inside[ticket]
+
+    def _one(self, request: SampleRequest) -> Sample | PosttrainError:
         prompt = bytes(request.prompt).decode()
         if "broken grammar" in prompt:
-            raise GrammarError("no token may follow", where="matcher")
+            return GrammarError("no token may follow", where="matcher")
         ids = (*self.says(prompt).encode(), *((END,) if self.stop is StopReason.END_OF_TURN else ()))
         return Sample(ids, (0.0,) * len(ids), (0.0,) * len(ids), (False,) * len(ids), self.stop)
 
@@ -67,8 +76,16 @@ def ask(text: str = "Hi", **more: object) -> CompletionRequest:
 
 def answer(says: str, request: CompletionRequest | None = None, stop: StopReason = StopReason.END_OF_TURN) -> object:
     engine = ContractEngine(ByteContract(), ScriptedSampler(lambda _prompt: says, stop), context=500)
-    [result] = engine.complete([request or ask()], lambda: False)
+    [result] = complete(engine, [request or ask()])
     return result
+
+
+def complete(engine: ContractEngine, requests: Sequence[CompletionRequest]) -> list[object]:
+    """All at once, in order."""
+    stream = engine.open(8)
+    tickets = stream.admit(requests)
+    done = stream.step()
+    return [done[ticket] for ticket in tickets]
 
 
 def test_a_plain_answer_counts_its_tokens_end_included() -> None:
@@ -129,7 +146,7 @@ def test_requests_reach_the_sampler_with_prompt_adapter_seed_options_and_grammar
     options = SampleOptions(max_tokens=33, temperature=0.7)
     plain = ask(options=options, seed=4).on("adapter-1")
     requests = [plain, replace(plain, response_schema=SCHEMA), replace(plain, tools=(TOOL,), response_schema=SCHEMA, max_calls=1)]
-    engine.complete(requests, lambda: False)
+    complete(engine, requests)
     [seen] = sampler.calls
     assert [request.grammar for request in seen] == [None, json_grammar(SCHEMA), turn_grammar((TOOL,), SCHEMA, max_calls=1)]
     assert seen[0] == SampleRequest(tuple(b"Hi"), 4, options, None, "adapter-1")
@@ -157,22 +174,46 @@ def test_errors_stay_in_their_own_place_whatever_shares_the_batch() -> None:
     sampler = ScriptedSampler(lambda prompt: f"to {prompt}")
     engine = ContractEngine(ByteContract(), sampler, context=500)
     texts = ["one", "unrenderable", "broken grammar", "two"]
-    one, unrenderable, broken, two = engine.complete([ask(text) for text in texts], lambda: False)
+    one, unrenderable, broken, two = complete(engine, [ask(text) for text in texts])
     assert one.message.content == "to one"  # type: ignore[union-attr]
     assert two.message.content == "to two"  # type: ignore[union-attr]
     assert isinstance(unrenderable, DataError)
     assert isinstance(broken, GrammarError)
-    assert [len(call) for call in sampler.calls] == [3, 1, 1, 1]
+    assert [len(call) for call in sampler.calls] == [3]
+
+
+def test_a_fault_in_rendering_or_reading_fails_its_own_request_only() -> None:
+    class Faulty(ByteContract):
+        def parse(self, ids: Sequence[int]) -> Message:
+            if bytes(ids[:-1]) == b"to two":
+                raise RecursionError("too deep")
+            return super().parse(ids)
+
+        def prompt_ids(self, messages: Sequence[Message], tools: Sequence[ToolSpec] = ()) -> list[int]:
+            if messages[-1].content == "three":
+                raise RuntimeError("a fault of ours")
+            return super().prompt_ids(messages, tools)
+
+    engine = ContractEngine(Faulty(), ScriptedSampler(lambda prompt: f"to {prompt}"), context=500)
+    found = complete(engine, [ask(text) for text in ("one", "two", "three")])
+    assert [type(result) for result in found] == [Completion, RecursionError, RuntimeError]
 
 
 def test_nothing_is_drawn_when_nothing_can_be() -> None:
     sampler = ScriptedSampler(lambda _prompt: "x")
-    assert isinstance(ContractEngine(ByteContract(), sampler, 500).complete([ask("unrenderable")], lambda: False)[0], DataError)
+    assert isinstance(complete(ContractEngine(ByteContract(), sampler, 500), [ask("unrenderable")])[0], DataError)
     assert sampler.calls == []
 
 
-def test_drawing_stops_when_nobody_waits_any_more() -> None:
-    sampler = ScriptedSampler(lambda _prompt: "x")
-    with pytest.raises(Abandoned):
-        ContractEngine(ByteContract(), sampler, 500).complete([ask(), ask()], lambda: True)
-    assert len(sampler.calls) == 1
+def test_a_cancelled_request_leaves_the_sampler_too() -> None:
+    sampler = ScriptedSampler(lambda prompt: f"to {prompt}")
+    stream = ContractEngine(ByteContract(), sampler, 500).open(8)
+    stream.admit([ask("unrenderable")])
+    one, two, refused = stream.admit([ask("one"), ask("two"), ask("unrenderable")])
+    stream.cancel(one)
+    stream.cancel(refused)
+    assert sampler.cancelled == [0]
+    done = stream.step()
+    assert sorted(done) == [0, two] and isinstance(done[0], DataError)
+    stream.cancel(two)
+    assert stream.step() == {}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import openai
 import pytest
 import torch
 from release_making import Made
@@ -144,6 +147,36 @@ def test_each_tenants_adapter_says_its_own_thing_also_when_they_share_a_batch(re
     assert together == alone
 
 
+def test_clients_that_come_and_go_get_what_they_get_alone(real: House) -> None:
+    """Staggered requests of two tenants, of different lengths, with and without a schema, some of which hang up."""
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    asked: list[tuple[str, dict[str, object]]] = [
+        (
+            tenant,
+            {"max_tokens": 8 * (n % 5 + 1), "temperature": 1.0, "seed": n, **({"response_format": form} if n % 3 == 0 else {})},
+        )
+        for n, tenant in enumerate(["bank_A", "retail_B"] * 5)
+    ]
+
+    def say(n: int) -> str | None:
+        tenant, how = asked[n]
+        return real.say(f"Question {n % 3}: what is due?", tenant, **how).choices[0].message.content
+
+    alone = [say(n) for n in range(len(asked))]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(2):
+            futures = []
+            for n in range(len(asked)):
+                futures.append(pool.submit(say, n))
+                time.sleep(0.01)
+                if n % 3 == 0:
+                    with real.client() as client, pytest.raises(openai.APITimeoutError):
+                        client.with_options(timeout=0.005, max_retries=0).chat.completions.create(
+                            model="bank_A", messages=[{"role": "user", "content": "gone"}], max_tokens=900
+                        )
+            assert [future.result() for future in futures] == alone
+
+
 def test_a_budget_that_cuts_json_is_a_length_stop(real: House) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
     choice = real.say("Cash?", response_format=form, max_tokens=5).choices[0]
@@ -152,8 +185,6 @@ def test_a_budget_that_cuts_json_is_a_length_stop(real: House) -> None:
 
 
 def test_a_schema_that_cannot_be_enforced_reaches_the_client_with_its_keyword(real: House, tmp_path: Path) -> None:
-    import openai
-
     schema = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     with pytest.raises(openai.BadRequestError, match="uniqueItems"):
         real.say(response_format={"type": "json_schema", "json_schema": {"name": "s", "schema": schema}})

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from serving_house import House, running
+from serving_house import House, echo, running
 
 from posttrain.data.records import Message
 from posttrain.errors import DataError, PosttrainError, StorageError
@@ -50,33 +50,77 @@ def raw_request(house: House, **fields: object) -> socket.socket:
 # -- batching ------------------------------------------------------------------------------------------------------------
 
 
-def test_requests_that_wait_together_run_together_and_each_keeps_its_adapter(house: House) -> None:
+def test_requests_enter_the_running_batch_and_each_keeps_its_adapter(house: House) -> None:
     house.engine.gate.clear()
     tenants = ["bank_A", "retail_B"] * 4
     with ThreadPoolExecutor(9) as pool:
         first = pool.submit(house.say, "first")
         wait_for(lambda: house.engine.batches)
         rest = [pool.submit(house.say, f"question {n}", tenant) for n, tenant in enumerate(tenants)]
-        wait_for(lambda: waiting(house) == 8)
+        wait_for(lambda: house.engine.most == 9)
+        assert waiting(house) == 0
         house.engine.gate.set()
         assert first.result().choices[0].message.content is not None
         for n, (tenant, future) in enumerate(zip(tenants, rest, strict=True)):
             assert future.result().choices[0].message.content == f"adapter-{house.releases[tenant]} heard: question {n}"
-    assert [len(batch) for batch in house.engine.batches] == [1, 8]
+
+
+def test_an_answer_leaves_as_soon_as_it_is_done(house: House) -> None:
+    house.engine.gate.clear()
+    house.engine.hurry = lambda request: request.messages[-1].content == "quick"
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(house.say, "slow")
+        wait_for(lambda: house.engine.batches)
+        assert "quick" in str(house.say("quick").choices[0].message.content)
+        assert not slow.done()
+        house.engine.gate.set()
+        slow.result()
 
 
 def test_a_batch_is_no_larger_than_its_limit(still: House) -> None:
     still.limits = Limits(batch=3)
     still.engine.gate.clear()
     with running(still), ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(still.say, str(n)) for n in range(1)]
-        wait_for(lambda: still.engine.batches)
-        futures += [pool.submit(still.say, str(n)) for n in range(7)]
-        wait_for(lambda: waiting(still) == 7)
+        futures = [pool.submit(still.say, str(n)) for n in range(8)]
+        wait_for(lambda: waiting(still) == 5)
         still.engine.gate.set()
         for future in futures:
             future.result()
-    assert [len(batch) for batch in still.engine.batches] == [1, 3, 3, 1]
+    assert still.engine.most == 3
+
+
+def test_what_loads_adapters_waits_for_a_gap_and_what_comes_meanwhile_waits_for_it(house: House) -> None:
+    house.engine.gate.clear()
+    loaded = len(house.model.loaded)
+    release = house.add(9.0, "bank_A")
+    with ThreadPoolExecutor(3) as pool:
+        before = pool.submit(house.say, "before")
+        wait_for(lambda: house.engine.batches)
+        house.channels.promote("live/bank_A", release, "ann", "better")
+        after = pool.submit(house.say, "after", "bank_A")
+        time.sleep(0.1)
+        assert len(house.engine.batches) == 1 and len(house.model.loaded) == loaded and house.engine.opened == 1
+        house.engine.gate.set()
+        assert release not in str(before.result().choices[0].message.content)
+        assert release in str(after.result().choices[0].message.content)
+    assert house.engine.opened == 2
+
+
+def test_a_fault_of_the_engine_fails_what_runs_and_the_server_goes_on(house: House) -> None:
+    def fail(_request: CompletionRequest) -> Completion:
+        raise RuntimeError("out of memory")
+
+    house.engine.answer = fail
+    house.engine.gate.clear()
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(house.say, str(n)) for n in range(2)]
+        wait_for(lambda: house.engine.most == 2)
+        house.engine.gate.set()
+        for future in futures:
+            with pytest.raises(openai.InternalServerError):
+                future.result()
+    house.engine.answer = echo
+    assert house.say("again").choices[0].finish_reason == "stop"
 
 
 def test_one_bad_request_does_not_fail_its_neighbours(house: House) -> None:
@@ -117,51 +161,43 @@ def test_a_full_queue_says_try_again(still: House) -> None:
 # -- clients that go away ------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_hangs_up_abandons_the_running_batch(house: House) -> None:
-    house.engine.gate.clear()
-    connection = raw_request(house, stream=True)
-    wait_for(lambda: house.engine.batches)
-    connection.close()
-    wait_for(house.engine.saw_abandoned.is_set)
-    line = house.lines(1)[0]
-    assert (line["decision"], line["status"], line["tenant"], line["release"]) == (
-        "cancelled",
-        499,
-        "bank_A",
-        house.releases["bank_A"],
-    )
-    assert line["response"] is None
-    house.engine.gate.set()
-    assert house.say().choices[0].finish_reason == "stop"
-
-
-def test_a_client_that_hangs_up_while_it_waits_is_never_run(house: House) -> None:
+def test_a_client_that_hangs_up_leaves_the_running_batch(house: House) -> None:
     house.engine.gate.clear()
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(house.say)
+        stays = pool.submit(house.say, "stays")
         wait_for(lambda: house.engine.batches)
-        connection = raw_request(house)
-        wait_for(lambda: waiting(house) == 1)
+        connection = raw_request(house, stream=True)
+        wait_for(lambda: house.engine.most == 2)
         connection.close()
-        assert house.lines(1)[0]["decision"] == "cancelled"
+        wait_for(lambda: house.engine.cancelled)
+        assert [request.messages[-1].content for request in house.engine.cancelled] == ["Hi"]
+        line = house.lines(1)[0]
+        assert (line["decision"], line["status"], line["tenant"], line["release"]) == (
+            "cancelled",
+            499,
+            "bank_A",
+            house.releases["bank_A"],
+        )
+        assert line["response"] is None
         house.engine.gate.set()
-        first.result()
-        assert house.say().choices[0].finish_reason == "stop"
-    assert [len(batch) for batch in house.engine.batches] == [1, 1]
-
-
-def test_a_batch_goes_on_while_one_of_its_clients_still_waits(house: House) -> None:
-    house.engine.gate.clear()
-    with ThreadPoolExecutor(2) as pool:
-        blocker = pool.submit(house.say, "blocker")
-        wait_for(lambda: house.engine.batches)
-        connection, stays = raw_request(house), pool.submit(house.say, "stays")
-        wait_for(lambda: waiting(house) == 2)
-        house.engine.gate.set()
-        blocker.result()
-        connection.close()
         assert "stays" in str(stays.result().choices[0].message.content)
-    assert not house.engine.saw_abandoned.is_set()
+
+
+def test_a_client_that_hangs_up_while_it_waits_is_never_run(still: House) -> None:
+    still.limits = Limits(batch=1)
+    still.engine.gate.clear()
+    with running(still), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(still.say)
+        wait_for(lambda: still.engine.batches)
+        connection = raw_request(still)
+        wait_for(lambda: waiting(still) == 1)
+        connection.close()
+        assert still.lines(1)[0]["decision"] == "cancelled"
+        still.engine.gate.set()
+        first.result()
+        assert still.say().choices[0].finish_reason == "stop"
+    assert [len(batch) for batch in still.engine.batches] == [1, 1]
+    assert not still.engine.cancelled
 
 
 def test_stopping_the_server_answers_what_was_running(still: House) -> None:

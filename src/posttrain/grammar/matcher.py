@@ -134,6 +134,14 @@ class GrammarEngine:
 
         Raises GrammarError for a matcher that is broken or allows nothing: an empty mask would let noise through.
         """
+        mask, broken = self.masks(matchers)
+        for error in broken.values():
+            raise error
+        return mask
+
+    def masks(self, matchers: Sequence[Matcher | None]) -> tuple[Mask, dict[int, GrammarError]]:
+        """The batch's mask as `fill` gives it, and by row what is wrong with matchers that are broken or allow nothing; their rows
+        allow everything, so that the other rows can be drawn."""
         mask: Mask = np.full((len(matchers), (self.vocab_size + 31) // 32), _ALL, dtype=np.int32)
         held = [(matcher, row) for row, matcher in enumerate(matchers) if matcher is not None]
         if len(held) >= _PARALLEL:
@@ -141,9 +149,14 @@ class GrammarEngine:
         else:
             for matcher, row in held:
                 fill_next_token_bitmask(matcher._inner, mask, row)
+        broken = {}
         for matcher, row in held:
-            _check_filled(matcher, mask[row])
-        return mask
+            try:
+                _check_filled(matcher, mask[row])
+            except GrammarError as error:
+                broken[row] = error
+                mask[row] = _ALL
+        return mask, broken
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         compiled = LLMatcher(self._tokenizer, grammar.source, log_level=0, limits=_limits())

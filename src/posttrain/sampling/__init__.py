@@ -1,7 +1,7 @@
 """Sampling: the protocol and the in-process engine."""
 
 from posttrain.sampling.local import LocalSampler
-from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
+from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest, Stream, StreamSampler
 from posttrain.sampling.run import EngineOptions
 from posttrain.sampling.server import ServerOptions, ServerSampler
 
@@ -14,4 +14,6 @@ __all__ = [
     "Sampler",
     "ServerOptions",
     "ServerSampler",
+    "Stream",
+    "StreamSampler",
 ]

@@ -20,6 +20,10 @@ class Trunk:
     keys: list[Tensor]
     values: list[Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        return 2 * sum(k.numel() * k.element_size() for k in self.keys)
+
 
 class Cache:
     """Private strips keys[l], values[l] [rows, Hkv, capacity, D]; `lengths` [rows] counts the tokens each row holds after its trunk,
@@ -28,6 +32,7 @@ class Cache:
     def __init__(self, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
         self.trunks: list[Trunk] = []
+        self._unused: list[int] = []  # numbers of trunks that were dropped
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.lengths = torch.zeros(rows, dtype=torch.int64)
@@ -35,8 +40,34 @@ class Cache:
 
     def add(self, trunk: Trunk) -> int:
         """Take in a trunk; its number."""
+        if self._unused:
+            number = self._unused.pop()
+            self.trunks[number] = trunk
+            return number
         self.trunks.append(trunk)
         return len(self.trunks) - 1
+
+    def drop(self, number: int) -> None:
+        """Forget a trunk that no row hangs on; its number may be given to another."""
+        self.trunks[number] = Trunk(0, [], [])
+        self._unused.append(number)
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Room for at least so many rows of so many tokens; what the rows hold is kept. Grows by doubling, so that a stream of requests
+        settles on one size."""
+        if rows <= self.rows and capacity <= self.capacity:
+            return
+        before, held = self.rows, self.capacity
+        if rows > before:
+            self.rows = max(rows, 2 * before)
+            self.lengths = torch.cat([self.lengths, torch.zeros(self.rows - before, dtype=torch.int64)])
+            self.trunk_of = torch.cat([self.trunk_of, torch.zeros(self.rows - before, dtype=torch.int64)])
+        if capacity > held:
+            self.capacity = max(capacity, 2 * held)
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                tensors[layer] = old.new_zeros(self.rows, old.shape[1], self.capacity, old.shape[3])
+                tensors[layer][:before, :, :held] = old
 
     def fill(self, first: int, prompts: list[Tensor], trunks: list[int], sink: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Copy prefilled prompts, each given by the pack rows that follow its trunk, into the rows from `first` on."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from posttrain.sampling.cache import Trunk
 
+MIN_TRUNK = 16  # tokens from which sharing pays
 _MAX_BYTES = 1 << 30
 
 
@@ -23,6 +24,17 @@ class Strip:
     @property
     def nbytes(self) -> int:
         return 2 * sum(k.numel() * k.element_size() for k in self.keys)
+
+
+@dataclass(slots=True)
+class Family:
+    """Requests of one adapter whose prompts start with the same `ids`: their trunk, `number` in the cache once it is computed.
+    `prefixes`: what the session remembers for the adapter."""
+
+    adapter: str | None
+    ids: tuple[int, ...]
+    prefixes: Prefixes | None = None
+    number: int | None = None
 
 
 @dataclass(slots=True)

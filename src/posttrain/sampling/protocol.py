@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from posttrain.data.records import StopReason
 from posttrain.grammar.matcher import Grammar
+
+Asked = TypeVar("Asked", contravariant=True)
+Answer = TypeVar("Answer", covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +57,27 @@ class Sampler(Protocol):
 
     def session(self) -> AbstractContextManager[None]:
         """Between the calls inside, an engine may reuse what it computed for earlier requests. Weights must not change inside."""
+        ...
+
+
+class Stream(Protocol[Asked, Answer]):
+    """Requests that are answered together and come and go between steps. Used by one thread at a time; while a request is in it, weights
+    and adapters stay as they are. A stream that raises is of no further use."""
+
+    def admit(self, requests: Sequence[Asked]) -> list[int]:
+        """Take requests in; a ticket for each, never given twice. What is wrong with one of them is its result."""
+        ...
+
+    def step(self) -> Mapping[int, Answer | Exception]:
+        """Go on by a token or more for each; by ticket the answers, or errors, of those that are finished. Empty when nothing is in it."""
+        ...
+
+    def cancel(self, ticket: int) -> None:
+        """Nobody waits for this one any more. Nothing happens when it is finished."""
+        ...
+
+
+class StreamSampler(Protocol):
+    def open(self, rows: int) -> Stream[SampleRequest, Sample]:
+        """A stream that decodes up to `rows` requests together and remembers prefixes of earlier ones as long as it is used."""
         ...

@@ -3,15 +3,14 @@ convolutions), where neither a shared trunk nor a batch of unlike lengths would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from posttrain.policy.policy import Policy
-from posttrain.sampling.protocol import SampleRequest
-from posttrain.sampling.run import Drawing, Run
+from posttrain.sampling.run import Drawing, Row, Run
 
 
 class RowRun(Run):
@@ -20,19 +19,25 @@ class RowRun(Run):
     def __init__(
         self,
         policy: Policy,
+        adapter: str | None,
         drawing: Drawing,
-        requests: Sequence[SampleRequest],
-        indices: Sequence[int],
-        progress: Callable[[int], None] | None,
+        capacity: int,
+        refill: float,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
-        super().__init__(drawing, requests, indices, progress)
-        self.policy = policy
+        """Every request must be one for this adapter. BindingError for one that the policy does not hold."""
+        super().__init__(drawing, capacity, refill, progress)
+        self.policy, self.adapter = policy, adapter
         self._caches: list[Any] = []
+        self.activate()
 
-    def admit(self, indices: list[int]) -> None:
+    def activate(self) -> None:
+        """Make the run's adapter the policy's active one, after another run had its turn."""
+        self.policy.use(self.adapter)
+
+    def admit(self, rows: list[Row]) -> None:
         """See `Run.admit`: the whole prompt is pending, and the next step runs it."""
-        for index in indices:
-            row = self.row(index)
+        for row in rows:
             row.pending = list(row.request.prompt)
             self.rows.append(row)
             self._caches.append(None)

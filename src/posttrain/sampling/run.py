@@ -1,9 +1,10 @@
-"""The loop every run of requests goes through: admit, step, choose, retire. What a row's computed past is, its kinds decide."""
+"""The loop every run of requests goes through, turn by turn: admit, step, choose, retire. What a row's computed past is, its kinds
+decide."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.data.records import StopReason
-from posttrain.errors import PosttrainError
+from posttrain.errors import GrammarError, PosttrainError
 from posttrain.grammar.matcher import GrammarEngine, Matcher, allowed_counts
 from posttrain.sampling.draw import draw, uniforms, unpack_mask
 from posttrain.sampling.protocol import Sample, SampleRequest
@@ -56,6 +57,18 @@ class Row:
         return Sample(tuple(self.ids), tuple(self.full), tuple(self.drawn), tuple(self.forced), stop)
 
 
+def check_prompt(request: SampleRequest, where: str) -> None:
+    """PosttrainError for an empty prompt: there would be nothing to draw from."""
+    if not request.prompt:
+        raise PosttrainError("an empty prompt", where=where, remedy="render the conversation with Contract.prompt_ids")
+
+
+def computed(row: Row) -> tuple[int, ...]:
+    """The tokens of a row that the model has run, its trunk's included."""
+    whole = row.context()
+    return whole[: len(whole) - len(row.pending)]
+
+
 @dataclass(frozen=True, slots=True)
 class Drawing:
     """What all runs of a sampler share: how to end a turn, and what compiles grammars."""
@@ -77,24 +90,21 @@ class Drawing:
 
 
 class Run(ABC):
-    """Requests of one call that decode together. `waiting` are indices of requests without a row yet."""
+    """Requests that decode together, each under a number that its caller chose. `waiting` are the numbers of those without a row yet;
+    `results` what is finished and not handed out."""
 
-    def __init__(
-        self,
-        drawing: Drawing,
-        requests: Sequence[SampleRequest],
-        indices: Sequence[int],
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        self.drawing, self.options, self.requests, self.progress = drawing, drawing.options, requests, progress
-        self.waiting = list(indices)
-        self.capacity = min(self.options.max_rows, len(indices))
+    def __init__(self, drawing: Drawing, capacity: int, refill: float, progress: Callable[[int], None] | None = None) -> None:
+        """`capacity`: rows at once; `refill`: the share of them that must be free before waiting requests get theirs."""
+        self.drawing, self.options, self.progress = drawing, drawing.options, progress
+        self.capacity, self.refill = capacity, refill
+        self.requests: dict[int, SampleRequest] = {}
+        self.waiting: list[int] = []
         self.rows: list[Row] = []
-        self.results: dict[int, Sample] = {}
+        self.results: dict[int, Sample | PosttrainError] = {}
 
     @abstractmethod
-    def admit(self, indices: list[int]) -> None:
-        """Give waiting requests a row: append to `rows`, and `choose` for those whose logits the prefill gave."""
+    def admit(self, rows: list[Row]) -> None:
+        """Start these rows: append them to `rows`, and `choose` for those whose logits the prefill gave."""
 
     @abstractmethod
     def step(self) -> Tensor:
@@ -104,30 +114,74 @@ class Run(ABC):
     def leave(self, place: int) -> None:
         """The row at `place` is finished and the last row takes its place."""
 
-    def decode(self) -> dict[int, Sample]:
-        """Samples by index of their request."""
-        while self.waiting or self.rows:
-            free = self.capacity - len(self.rows)
-            if self.waiting and (free >= self.options.refill * self.capacity or not self.rows):
-                self.admit([self.waiting.pop(0) for _ in range(min(free, len(self.waiting)))])
-            if self.rows:
-                self.choose(self.step())
-        return self.results
+    def expect(self, requests: Mapping[int, SampleRequest]) -> None:
+        """Take requests in, by number; each gets a row when there is room."""
+        self.requests.update(requests)
+        self.waiting += requests
 
-    def row(self, index: int) -> Row:
+    def forget(self, index: int) -> None:
+        """A request is answered or cancelled."""
+        del self.requests[index]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.rows or self.results)
+
+    def turn(self) -> dict[int, Sample | PosttrainError]:
+        """Start what there is room for, run one step, and hand out what is finished."""
+        free = self.capacity - len(self.rows)
+        if self.waiting and free and (free >= self.refill * self.capacity or not self.rows):
+            fresh = [row for row in map(self._row, self.take(free)) if row is not None]
+            if fresh:
+                self.admit(fresh)
+        if self.rows:
+            self.choose(self.step())
+        done, self.results = self.results, {}
+        for index in done:
+            self.forget(index)
+        return done
+
+    def decode(self) -> dict[int, Sample]:
+        """Samples by number, once all are drawn. Raises the first error of any of them."""
+        samples = {}
+        while self.busy:
+            for index, found in self.turn().items():
+                if isinstance(found, PosttrainError):
+                    raise found
+                samples[index] = found
+        return samples
+
+    def cancel(self, index: int) -> None:
+        """Nobody waits for this request any more: it leaves, its row is free."""
+        self.results.pop(index, None)
+        if index in self.waiting:
+            self.waiting.remove(index)
+        for place, row in enumerate(self.rows):
+            if row.index == index:
+                self._remove(place)
+                break
+        self.forget(index)
+
+    def take(self, free: int) -> list[int]:
+        """The waiting requests that get a row now, at most `free`."""
+        taken, self.waiting = self.waiting[:free], self.waiting[free:]
+        return taken
+
+    def _row(self, index: int) -> Row | None:
+        """A fresh row; None where the request's grammar cannot be had, which is then its result."""
         request = self.requests[index]
-        return Row(index, request, uniforms(request.seed, request.options.max_tokens), self.drawing.matcher_for(request))
+        try:
+            matcher = self.drawing.matcher_for(request)
+        except PosttrainError as error:
+            self.results[index] = error
+            return None
+        return Row(index, request, uniforms(request.seed, request.options.max_tokens), matcher)
 
     def choose(self, logits: Tensor, rows: list[Row] | None = None) -> None:
-        """Draw each row's next token, append what the grammar then forces, and retire what is finished."""
+        """Draw each row's next token from logits [R, V], append what the grammar then forces, and retire what is finished. A row whose
+        grammar fails leaves with its error."""
         rows = list(self.rows) if rows is None else rows
-        matchers = [row.matcher for row in rows]
-        allowed = counts = None
-        if any(matcher is not None for matcher in matchers):
-            assert self.drawing.grammar is not None
-            bits = self.drawing.grammar.fill(matchers)
-            allowed = unpack_mask(bits, logits.shape[1])
-            counts = allowed_counts(bits).tolist()
+        allowed, only, broken = self._allowed(rows, logits.shape[1])
         tokens, full, drawn = draw(
             logits,
             [row.request.options for row in rows],
@@ -138,12 +192,26 @@ class Run(ABC):
         drawn_tokens = 0
         for i, (row, token, logp, own) in enumerate(zip(rows, tokens.tolist(), full.tolist(), drawn.tolist(), strict=True)):
             before = len(row.ids)
-            only = counts is not None and row.matcher is not None and counts[i] == 1
-            self._append(row, token, logp, 0.0 if only else own, only)
+            try:
+                if i in broken:
+                    raise broken[i]
+                self._append(row, token, logp, 0.0 if i in only else own, i in only)
+            except GrammarError as error:
+                self.results[row.index] = error
             drawn_tokens += len(row.ids) - before
         if self.progress is not None:
             self.progress(drawn_tokens)
         self._retire()
+
+    def _allowed(self, rows: Sequence[Row], vocabulary: int) -> tuple[Tensor | None, set[int], dict[int, GrammarError]]:
+        """The mask [R, V] (None: no row has a grammar), which rows it leaves no choice, and what is wrong with rows that have no mask."""
+        matchers = [row.matcher for row in rows]
+        if all(matcher is None for matcher in matchers):
+            return None, set(), {}
+        assert self.drawing.grammar is not None
+        bits, broken = self.drawing.grammar.masks(matchers)
+        counts = allowed_counts(bits).tolist()
+        return unpack_mask(bits, vocabulary), {i for i, m in enumerate(matchers) if m is not None and counts[i] == 1}, broken
 
     def _append(self, row: Row, token: int, full: float, drawn: float, forced: bool) -> None:
         row.add(token, full, drawn, forced)
@@ -160,10 +228,14 @@ class Run(ABC):
     def _retire(self) -> None:
         for place in range(len(self.rows) - 1, -1, -1):
             row = self.rows[place]
-            done = bool(row.ids) and row.ids[-1] == self.drawing.end_of_turn
-            if not done and len(row.ids) < row.request.options.max_tokens:
-                continue
-            self.results[row.index] = row.finish(StopReason.END_OF_TURN if done else StopReason.LENGTH)
-            self.leave(place)
-            self.rows[place] = self.rows[-1]
-            self.rows.pop()
+            if row.index not in self.results:
+                done = bool(row.ids) and row.ids[-1] == self.drawing.end_of_turn
+                if not done and len(row.ids) < row.request.options.max_tokens:
+                    continue
+                self.results[row.index] = row.finish(StopReason.END_OF_TURN if done else StopReason.LENGTH)
+            self._remove(place)
+
+    def _remove(self, place: int) -> None:
+        self.leave(place)
+        self.rows[place] = self.rows[-1]
+        self.rows.pop()

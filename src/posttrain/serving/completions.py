@@ -7,7 +7,7 @@ training job's own network, never before users (`serving.app` is what users reac
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path as Folder
 from typing import Annotated, Any, Literal
@@ -22,7 +22,7 @@ from posttrain.data.records import StopReason
 from posttrain.errors import DataError, PosttrainError
 from posttrain.grammar.matcher import Grammar
 from posttrain.policy.policy import Policy
-from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
+from posttrain.sampling.protocol import Sample, SampleOptions, SampleRequest, Stream, StreamSampler
 from posttrain.serving.batcher import Batcher
 from posttrain.serving.replies import Failure
 from posttrain.serving.requests import BadRequest, Limits
@@ -71,18 +71,13 @@ class _Unload(BaseModel):
 class SamplerEngine:
     """A sampler and its policy as a batcher's engine. Touched by one thread only."""
 
-    def __init__(self, policy: Policy, sampler: Sampler, end_of_turn: int, context: int) -> None:
+    def __init__(self, policy: Policy, sampler: StreamSampler, end_of_turn: int, context: int) -> None:
         """`context` is the number of tokens the model can hold, prompt and answer together."""
         self.policy, self.sampler, self.end_of_turn, self.context = policy, sampler, end_of_turn, context
 
-    def complete(self, requests: Sequence[SampleRequest], abandoned: Callable[[], bool]) -> list[Sample | PosttrainError]:
-        """One entry per request, in order. A batch that fails is drawn again one by one: a bad grammar is its own request's fault."""
-        try:
-            return list(self.sampler.sample(requests))
-        except PosttrainError as error:
-            if len(requests) == 1:
-                return [error]
-        return [self.complete([request], abandoned)[0] for request in requests]
+    def open(self, rows: int) -> Stream[SampleRequest, Sample]:
+        """See `StreamSampler.open`."""
+        return self.sampler.open(rows)
 
     def load(self, name: str, folder: Folder) -> None:
         if name in self.policy.adapters:

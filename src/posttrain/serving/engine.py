@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from posttrain.contract import CALL_OPEN, MalformedCall
 from posttrain.data.records import Message, StopReason, ToolSpec
 from posttrain.errors import ContractError, DataError, PosttrainError
 from posttrain.grammar import Grammar, json_grammar, shown, turn_grammar
-from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
+from posttrain.sampling.protocol import Sample, SampleOptions, SampleRequest, Stream, StreamSampler
 
 
 class Finish(StrEnum):
@@ -57,16 +58,13 @@ class Completion:
 class Engine(Protocol):
     """What the server asks of a model. Called by one thread only."""
 
-    def complete(self, requests: Sequence[CompletionRequest], abandoned: Callable[[], bool]) -> list[Completion | PosttrainError]:
-        """One entry per request, in order; a request that cannot be answered has its error in its own place.
-
-        `abandoned` turns true when nobody waits for any of them any more: the engine may then stop early and raise Abandoned.
-        """
+    def open(self, rows: int) -> Stream[CompletionRequest, Completion]:
+        """A stream that answers up to `rows` requests together; a request that cannot be answered has its error as its result."""
         ...
 
 
 class Abandoned(PosttrainError):
-    """Every client of a batch went away."""
+    """The client went away."""
 
 
 class InvalidAnswer(PosttrainError):
@@ -86,21 +84,16 @@ class Turns(Protocol):
 class ContractEngine:
     """Answers through a contract and a sampler. With tools or a schema the turn is constrained: valid, or a prefix."""
 
-    def __init__(self, contract: Turns, sampler: Sampler, context: int) -> None:
+    def __init__(self, contract: Turns, sampler: StreamSampler, context: int) -> None:
         """`context` is the number of tokens the model can hold, prompt and answer together."""
         self.contract, self.sampler, self.context = contract, sampler, context
 
-    def complete(self, requests: Sequence[CompletionRequest], abandoned: Callable[[], bool]) -> list[Completion | PosttrainError]:
-        """See `Engine.complete`."""
-        prepared = [self._prepare(request) for request in requests]
-        runnable = [item for item in prepared if isinstance(item, SampleRequest)]
-        samples = iter(self._sample(runnable, abandoned))
-        return [
-            item if isinstance(item, PosttrainError) else self._answer(request, item, next(samples))
-            for request, item in zip(requests, prepared, strict=True)
-        ]
+    def open(self, rows: int) -> ContractStream:
+        """See `Engine.open`."""
+        return ContractStream(self, self.sampler.open(rows))
 
-    def _prepare(self, request: CompletionRequest) -> SampleRequest | PosttrainError:
+    def prepare(self, request: CompletionRequest) -> SampleRequest | Exception:
+        """What to draw for a request, or what is wrong with it."""
         try:
             prompt = tuple(self.contract.prompt_ids(request.messages, request.tools))
             if len(prompt) + request.options.max_tokens > self.context:
@@ -112,43 +105,27 @@ class ContractEngine:
             return SampleRequest(prompt, request.seed, request.options, _grammar(request), request.adapter)
         except ContractError as error:  # the messages cannot be rendered: the request's fault, not the artifact's
             return DataError(error.what, where="messages", value=error.value, remedy=error.remedy)
-        except PosttrainError as error:
+        except Exception as error:  # even a fault of ours must not fail the requests that run beside this one
             return error
 
-    def _sample(self, requests: list[SampleRequest], abandoned: Callable[[], bool]) -> list[Sample | PosttrainError]:
-        """One bad grammar must not fail its neighbours: a failed batch is drawn again one by one (same seeds, same draws)."""
-
-        def progress(_tokens: int) -> None:
-            if abandoned():
-                raise Abandoned("every client of the batch went away", where="engine")
-
-        if not requests:
-            return []
-        try:
-            return list(self.sampler.sample(requests, progress))
-        except Abandoned:
-            raise
-        except PosttrainError as error:
-            if len(requests) == 1:
-                return [error]
-            return [self._sample([request], abandoned)[0] for request in requests]
-
-    def _answer(
-        self, request: CompletionRequest, drawn: SampleRequest, sample: Sample | PosttrainError
-    ) -> Completion | PosttrainError:
-        if isinstance(sample, PosttrainError):
+    def answer(self, request: CompletionRequest, drawn: SampleRequest, sample: Sample | Exception) -> Completion | Exception:
+        """The completion that a sample holds, or what is wrong with it."""
+        if isinstance(sample, Exception):
             return sample
+        try:
+            return self._read(request, drawn, sample)
+        except Exception as error:  # as in `prepare`
+            return error
+
+    def _read(self, request: CompletionRequest, drawn: SampleRequest, sample: Sample) -> Completion:
         counts = (len(drawn.prompt), len(sample.ids))
         if sample.stop is not StopReason.END_OF_TURN:
             return self._prefix(request, sample, counts)
-        try:
-            message = _offered(self.contract.parse(sample.ids), request.tools)
-        except PosttrainError as error:
-            return error
+        message = _offered(self.contract.parse(sample.ids), request.tools)
         message, was_cut = _cut(message, request.stop)
         broken = None if was_cut else _broken_rule(message, request)
         if broken is not None:
-            return broken
+            raise broken
         return Completion(message, Finish.TOOL_CALLS if message.tool_calls else Finish.STOP, *counts)
 
     def _prefix(self, request: CompletionRequest, sample: Sample, counts: tuple[int, int]) -> Completion:
@@ -161,6 +138,48 @@ class ContractEngine:
             if was_cut
             else Completion(Message("assistant", text), Finish.LENGTH, *counts)
         )
+
+
+class ContractStream:
+    """Implements `Stream`: completions over a stream of samples."""
+
+    def __init__(self, engine: ContractEngine, samples: Stream[SampleRequest, Sample]) -> None:
+        self._engine, self._samples = engine, samples
+        self._tickets = itertools.count()
+        self._drawn: dict[int, tuple[int, CompletionRequest, SampleRequest]] = {}  # by the samples' ticket; first is ours
+        self._refused: dict[int, Exception] = {}
+
+    def admit(self, requests: Sequence[CompletionRequest]) -> list[int]:
+        """See `Stream.admit`."""
+        tickets, runnable = [], []
+        for request in requests:
+            ticket, prepared = next(self._tickets), self._engine.prepare(request)
+            tickets.append(ticket)
+            if isinstance(prepared, Exception):
+                self._refused[ticket] = prepared
+            else:
+                runnable.append((ticket, request, prepared))
+        if runnable:
+            inner = self._samples.admit([prepared for _, _, prepared in runnable])
+            self._drawn.update(zip(inner, runnable, strict=True))
+        return tickets
+
+    def step(self) -> dict[int, Completion | Exception]:
+        """See `Stream.step`."""
+        done: dict[int, Completion | Exception] = dict(self._refused)
+        self._refused = {}
+        for inner, sample in self._samples.step().items():
+            ticket, request, drawn = self._drawn.pop(inner)
+            done[ticket] = self._engine.answer(request, drawn, sample)
+        return done
+
+    def cancel(self, ticket: int) -> None:
+        """See `Stream.cancel`."""
+        self._refused.pop(ticket, None)
+        for inner, (own, _, _) in list(self._drawn.items()):
+            if own == ticket:
+                self._samples.cancel(inner)
+                del self._drawn[inner]
 
 
 def _grammar(request: CompletionRequest) -> Grammar | None:

@@ -43,7 +43,7 @@ class Limits:
 
     body: bytes of a request; max_tokens: most tokens of an answer; default_tokens, temperature: what a request that does not say
     gets (greedy, as the release was measured); waiting: requests queued at once; batch: requests run together; window: seconds
-    the first of a batch waits for others.
+    the first of an idle server waits for others.
     """
 
     body: int = 1 << 20
