@@ -1,7 +1,7 @@
 """Drawing one token per row: grammar mask, repetition penalty, temperature, truncation, and both log-probabilities.
 
 No pass over the vocabulary that is not needed: no sort, no multinomial, no running sum over all of it. Axis letters: R rows,
-V vocabulary, W rows that are not greedy, n rows drawn from weights of their own.
+V vocabulary, W rows that are not greedy.
 """
 
 from __future__ import annotations
@@ -55,16 +55,14 @@ def draw(
     weights = (logits - top).exp_()
     normaliser = top[:, 0] + weights.sum(dim=-1).log_()
     # most rows are drawn from these very weights, less what the mask forbids; the others have weights of their own
-    fitting = torch.ones(len(tokens)) if allowed is None else allowed.gather(1, tokens[:, None])[:, 0]
-    own = [i for i, option in enumerate(options) if not fitting[i] or not _is_plain(option)]
-    if own:
-        rows = slice(None) if len(own) == len(tokens) else torch.tensor(own)
-        scores = _penalised(logits[rows], [options[i] for i in own], None if context is None else [context[i] for i in own])
-        mask = None if allowed is None else allowed[rows]
-        moved = [k for k, i in enumerate(own) if not fitting[i] or options[i].repetition_penalty != 1]
-        if moved:
-            tokens[[own[k] for k in moved]] = _best(scores[moved], None if mask is None else mask[moved])
-        weights[rows] = _weights(scores, tokens[rows], [options[i] for i in own])
+    fitting = [1] * len(tokens) if allowed is None else allowed.gather(1, tokens[:, None])[:, 0].tolist()
+    for i, (option, fits) in enumerate(zip(options, fitting, strict=True)):
+        if not fits or option.temperature not in (0, 1) or option.repetition_penalty != 1:
+            scores = _penalised(logits[i], option, None if context is None else context[i])
+            if not fits or option.repetition_penalty != 1:
+                tokens[i] = _best(scores, None if allowed is None else allowed[i])
+            if option.temperature:
+                _weigh(weights[i], scores, tokens[i], option.temperature)
     drawn = torch.zeros(len(tokens))
     warm = [i for i, option in enumerate(options) if option.temperature > 0]
     if warm:
@@ -86,38 +84,31 @@ def _argmax(scores: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """[n, V] -> the best allowed token of each row [n]."""
+    """The best allowed token of one row [V]."""
     # adding 0 or a number below all scores is exact for what is allowed, and a quarter of masked_fill's time
-    return _argmax(scores if mask is None else torch.add(scores, mask.float() - 1, alpha=1e30))
+    return _argmax((scores if mask is None else torch.add(scores, mask.float() - 1, alpha=1e30))[None])[0]
 
 
-def _is_plain(option: SampleOptions) -> bool:
-    """Whether the scores are the logits as they are."""
-    return option.temperature in (0, 1) and option.repetition_penalty == 1
-
-
-def _penalised(logits: Tensor, options: Sequence[SampleOptions], context: Sequence[Callable[[], Sequence[int]]] | None) -> Tensor:
-    """Scores of tokens already in the context divided (positive) or multiplied (negative) by the penalty (Keskar 2019, eq. 4)."""
-    rows = [i for i, option in enumerate(options) if option.repetition_penalty != 1]
-    if not rows:
+def _penalised(logits: Tensor, option: SampleOptions, context: Callable[[], Sequence[int]] | None) -> Tensor:
+    """Scores of tokens already in the context of one row [V] divided (positive) or multiplied (negative) by the penalty (Keskar 2019,
+    eq. 4)."""
+    if option.repetition_penalty == 1:
         return logits
     assert context is not None, "a repetition penalty needs the rows' contexts"
-    out = logits.clone()
-    for row in rows:
-        seen = torch.tensor(sorted(set(context[row]())))
-        values, penalty = out[row, seen], options[row].repetition_penalty
-        out[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    seen, out = torch.tensor(sorted(set(context()))), logits.clone()
+    values, penalty = out[seen], option.repetition_penalty
+    out[seen] = torch.where(values > 0, values / penalty, values * penalty)
     return out
 
 
-def _weights(scores: Tensor, best: Tensor, options: Sequence[SampleOptions]) -> Tensor:
-    """Unnormalised probabilities [n, V] of tempered scores: 1 for the best allowed token, at most 1 for those the mask takes away."""
-    temperatures = torch.tensor([option.temperature or 1.0 for option in options])[:, None]
+def _weigh(weights: Tensor, scores: Tensor, best: Tensor, temperature: float) -> None:
+    """Set one row [V] to the unnormalised probabilities of tempered scores: 1 for the best allowed token, at most 1 for those that a mask
+    takes away afterwards. Row by row, as a row stays in a core's cache from one operation to the next."""
     # forbidden scores may lie above the best allowed one; exp of -inf in their place would take twenty times as long
-    weights = (scores - scores.gather(1, best[:, None])).clamp_(max=0)
-    if (temperatures != 1).any():
-        weights.div_(temperatures)
-    return weights.exp_()
+    torch.sub(scores, scores[best], out=weights).clamp_(max=0)
+    if temperature != 1:
+        weights.div_(temperature)
+    weights.exp_()
 
 
 def _cut(weights: Tensor, option: SampleOptions) -> None:
