@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain.sampling import SampleOptions
-from posttrain.sampling.draw import draw, uniforms, unpack_mask
+from posttrain.sampling.draw import Allowed, draw, uniforms
 
 P = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
 LOGITS = (P.log() + 3.0)[None]  # an unnormalised shift must not matter
@@ -115,10 +115,36 @@ def test_a_requests_numbers_depend_on_its_seed_alone() -> None:
 
 def test_a_packed_mask_unpacks_least_significant_bit_first_and_pads_with_forbidden() -> None:
     bits = np.array([[0b101, 1], [-(2**31), 0]], dtype=np.int32)
-    mask = unpack_mask(bits, 40)
-    assert mask.shape == (2, 40)
+    mask = Allowed(bits, 40)
+    assert mask[0].shape == (40,)
     assert mask[0].nonzero()[:, 0].tolist() == [0, 2, 32]
     assert mask[1].nonzero()[:, 0].tolist() == [31]
-    assert unpack_mask(bits, 33).shape == (2, 33)
-    wider = unpack_mask(np.array([[-1]], dtype=np.int32), 50)
-    assert wider[0, :32].all() and not wider[0, 32:].any()
+    assert Allowed(bits, 33)[1].shape == (33,)
+    wider = Allowed(np.array([[-1]], dtype=np.int32), 50)[0]
+    assert wider[:32].all() and not wider[32:].any()
+
+
+def test_packed_and_spread_masks_draw_alike_whatever_else_shapes_the_row() -> None:
+    """Against the plain way: forbidden logits are -inf before anything else."""
+    generator, rng = torch.Generator().manual_seed(4), np.random.default_rng(4)
+    options = [
+        SampleOptions(9, temperature, top_p, top_k, min_p, penalty)
+        for temperature, top_p, top_k, min_p, penalty in (
+            (0.0, 1.0, 0, 0.0, 1.0), (1.0, 1.0, 0, 0.0, 1.0), (0.7, 0.9, 0, 0.0, 1.0), (1.3, 1.0, 7, 0.0, 1.3), (1.0, 1.0, 0, 0.05, 1.0),
+        )
+    ]  # fmt: skip
+    context = [lambda: range(40)] * 5
+    for trial in range(30):
+        logits = torch.randn(5, 500, generator=generator) * 4
+        bits = rng.integers(-(2**31), 2**31, (5, 16)).astype(np.int32) & rng.integers(-(2**31), 2**31, (5, 16)).astype(np.int32)
+        spread = torch.stack([Allowed(bits, 500)[row] for row in range(5)])
+        u = rng.random(5).tolist()
+        tokens, full, drawn = draw(logits, options, u, Allowed(bits, 500), context)
+        assert all(
+            torch.equal(a, b) for a, b in zip((tokens, full, drawn), draw(logits, options, u, spread > 0, context), strict=True)
+        )
+        torch.testing.assert_close(full, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0])
+        forbidden = logits.masked_fill(spread == 0, float("-inf"))
+        assert int(tokens[0]) == int(forbidden[0].argmax()), trial
+        plain = draw(forbidden[1:2], options[1:2], u[1:2], None)
+        assert int(tokens[1]) == int(plain[0][0]) and float(drawn[1]) == pytest.approx(float(plain[2][0]), abs=1e-5)

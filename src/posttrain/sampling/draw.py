@@ -17,6 +17,7 @@ from torch import Tensor
 from posttrain.sampling.protocol import SampleOptions
 
 _BLOCK = 256  # tokens summed together before one of them is looked for
+_ALONE = 1 << 14  # elements that torch computes without waking its threads
 _HEAD = 512  # candidates of top-p looked at first
 
 
@@ -25,11 +26,17 @@ def uniforms(seed: int, count: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed & (2**63 - 1)).random(count)
 
 
-def unpack_mask(bits: NDArray[np.int32], vocabulary: int) -> Tensor:
-    """[R, ceil(V/32)] packed bits, least significant first -> [R, V] float32: 1 allowed, 0 forbidden, as weights are multiplied by it."""
-    flat = _SPREAD.take(bits.view(np.uint8), axis=0).reshape(len(bits), -1)
-    missing = vocabulary - flat.shape[1]
-    return torch.from_numpy(np.pad(flat, ((0, 0), (0, missing))) if missing > 0 else flat[:, :vocabulary])
+class Allowed:
+    """The packed masks of a batch, int32 [R, ceil(V/32)], least significant bit first, row by row as weights are multiplied by them."""
+
+    def __init__(self, bits: NDArray[np.int32], vocabulary: int) -> None:
+        self._bytes, self._vocabulary = bits.view(np.uint8), vocabulary
+
+    def __getitem__(self, row: int) -> Tensor:
+        """[V] float32: 1 allowed, 0 forbidden."""
+        flat = _SPREAD.take(self._bytes[row], axis=0).reshape(-1)
+        missing = self._vocabulary - len(flat)
+        return torch.from_numpy(np.pad(flat, (0, missing)) if missing > 0 else flat[: self._vocabulary])
 
 
 # a byte of a mask as eight weights: one look-up is a third of the time of unpacking bits and converting them
@@ -40,7 +47,7 @@ def draw(
     logits: Tensor,
     options: Sequence[SampleOptions],
     u: Sequence[float],
-    allowed: Tensor | None,
+    allowed: Allowed | Tensor | None,
     context: Sequence[Callable[[], Sequence[int]]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits [R, V] float32, allowed [R, V] (0: forbidden, 1: allowed) -> (tokens [R], full log-probabilities [R], log-probabilities
@@ -54,22 +61,23 @@ def draw(
     top = logits.gather(1, tokens[:, None])
     weights = (logits - top).exp_()
     normaliser = top[:, 0] + weights.sum(dim=-1).log_()
-    # most rows are drawn from these very weights, less what the mask forbids; the others have weights of their own
-    fitting = [1] * len(tokens) if allowed is None else allowed.gather(1, tokens[:, None])[:, 0].tolist()
-    for i, (option, fits) in enumerate(zip(options, fitting, strict=True)):
-        if not fits or option.temperature not in (0, 1) or option.repetition_penalty != 1:
+    # most rows are drawn from these very weights, less what the mask forbids; the others have weights of their own. Row by row, as a
+    # row and its mask stay in a core's cache from one operation to the next, and by numpy, as torch would wake its threads for each
+    for i, option in enumerate(options):
+        mask = None if allowed is None else allowed[i]
+        fits = (mask is None or bool(mask[tokens[i]])) and option.repetition_penalty == 1
+        if not fits or option.temperature not in (0, 1):
             scores = _penalised(logits[i], option, None if context is None else context[i])
-            if not fits or option.repetition_penalty != 1:
-                tokens[i] = _best(scores, None if allowed is None else allowed[i])
+            if not fits:
+                tokens[i] = _best(scores, mask)
             if option.temperature:
                 _weigh(weights[i], scores, tokens[i], option.temperature)
+        if mask is not None and option.temperature:
+            np.multiply(weights[i].numpy(), mask.float().numpy(), out=weights[i].numpy())
     drawn = torch.zeros(len(tokens))
     warm = [i for i, option in enumerate(options) if option.temperature > 0]
     if warm:
-        every = len(warm) == len(tokens)
-        weights = weights if every else weights[warm]
-        if allowed is not None:
-            weights.mul_(allowed if every else allowed[warm])
+        weights = weights if len(warm) == len(tokens) else weights[warm]
         for row, i in enumerate(warm):
             _cut(weights[row], options[i])
         chosen = _inverse_cdf(weights, torch.tensor([u[i] for i in warm], dtype=torch.float64))
@@ -85,8 +93,9 @@ def _argmax(scores: Tensor) -> Tensor:
 
 def _best(scores: Tensor, mask: Tensor | None) -> Tensor:
     """The best allowed token of one row [V]."""
+    row = scores.numpy()
     # adding 0 or a number below all scores is exact for what is allowed, and a quarter of masked_fill's time
-    return _argmax((scores if mask is None else torch.add(scores, mask.float() - 1, alpha=1e30))[None])[0]
+    return torch.tensor((row if mask is None else row + (mask.float().numpy() - 1) * np.float32(1e30)).argmax())
 
 
 def _penalised(logits: Tensor, option: SampleOptions, context: Callable[[], Sequence[int]] | None) -> Tensor:
@@ -103,12 +112,15 @@ def _penalised(logits: Tensor, option: SampleOptions, context: Callable[[], Sequ
 
 def _weigh(weights: Tensor, scores: Tensor, best: Tensor, temperature: float) -> None:
     """Set one row [V] to the unnormalised probabilities of tempered scores: 1 for the best allowed token, at most 1 for those that a mask
-    takes away afterwards. Row by row, as a row stays in a core's cache from one operation to the next."""
+    takes away afterwards."""
     # forbidden scores may lie above the best allowed one; exp of -inf in their place would take twenty times as long
-    torch.sub(scores, scores[best], out=weights).clamp_(max=0)
+    row, plain = weights.numpy(), scores.numpy()
+    np.subtract(plain, plain[int(best)], out=row)
+    np.minimum(row, 0, out=row)
     if temperature != 1:
-        weights.div_(temperature)
-    weights.exp_()
+        np.divide(row, np.float32(temperature), out=row)
+    for part in torch.split(weights, _ALONE):
+        part.exp_()  # torch's, as its last bits are those of the other rows
 
 
 def _cut(weights: Tensor, option: SampleOptions) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from posttrain.data.records import StopReason
 from posttrain.errors import GrammarError, PosttrainError
 from posttrain.grammar.matcher import GrammarEngine, Matcher, allowed_counts
-from posttrain.sampling.draw import draw, uniforms, unpack_mask
+from posttrain.sampling.draw import Allowed, draw, uniforms
 from posttrain.sampling.protocol import Sample, SampleRequest
 
 
@@ -203,15 +203,15 @@ class Run(ABC):
             self.progress(drawn_tokens)
         self._retire()
 
-    def _allowed(self, rows: Sequence[Row], vocabulary: int) -> tuple[Tensor | None, set[int], dict[int, GrammarError]]:
-        """The mask [R, V] (None: no row has a grammar), which rows it leaves no choice, and what is wrong with rows that have no mask."""
+    def _allowed(self, rows: Sequence[Row], vocabulary: int) -> tuple[Allowed | None, set[int], dict[int, GrammarError]]:
+        """The masks (None: no row has a grammar), which rows it leaves no choice, and what is wrong with rows that have no mask."""
         matchers = [row.matcher for row in rows]
         if all(matcher is None for matcher in matchers):
             return None, set(), {}
         assert self.drawing.grammar is not None
         bits, broken = self.drawing.grammar.masks(matchers)
         counts = allowed_counts(bits).tolist()
-        return unpack_mask(bits, vocabulary), {i for i, m in enumerate(matchers) if m is not None and counts[i] == 1}, broken
+        return Allowed(bits, vocabulary), {i for i, m in enumerate(matchers) if m is not None and counts[i] == 1}, broken
 
     def _append(self, row: Row, token: int, full: float, drawn: float, forced: bool) -> None:
         row.add(token, full, drawn, forced)
