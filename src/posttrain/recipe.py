@@ -68,6 +68,7 @@ class Recipe(_Strict):
     output: str = "runs"
     channel: str = "production"
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     pack_tokens: int = Field(1536, gt=0)
     threads: int | None = None
     recompute: bool = False
@@ -76,8 +77,8 @@ class Recipe(_Strict):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything that decides the result (not the run's name, folder, thread count or memory)."""
-        return sha256_of(self.model_dump(exclude={"name", "output", "threads", "recompute"}))
+        """SHA-256 of everything that decides the result (not the run's name, folder, device, thread count or memory)."""
+        return sha256_of(self.model_dump(exclude={"name", "output", "device", "threads", "recompute"}))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,11 +39,18 @@ def say(phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None
 def quiet(phase: str, step: int, total: int, metrics: Mapping[str, float]) -> None: ...
 
 
-def run(kind: str, folder: Path, *, log: object = quiet, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Train and return the adapter's final weights."""
+def run(
+    kind: str,
+    folder: Path,
+    *,
+    log: object = quiet,
+    dtype: torch.dtype = torch.float32,
+    place: Callable[[Any], Any] = lambda model: model,
+) -> dict[str, torch.Tensor]:
+    """Train and return the adapter's final weights. `place` moves the model where it is to compute."""
     torch.manual_seed(0)
     contract = Contract(train_tokenizer())
-    policy = Policy(tiny_model(vocabulary=contract.vocabulary_size).to(dtype))
+    policy = Policy(place(tiny_model(vocabulary=contract.vocabulary_size).to(dtype)))
     if (sharding := team().sharding) is not None:
         policy.shard(sharding.reshard)
     bench = Workbench(policy, contract, folder, identity=IDENTITY, seed=3, pack_tokens=120, log=log)  # type: ignore[arg-type]

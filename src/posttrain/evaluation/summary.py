@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ class RunSummary:
     peak_memory_mb: float
     versions: Mapping[str, str]
     recipe_sha256: str
+    peak_device_memory_mb: float = 0.0  # of a GPU
 
     def to_json(self) -> dict[str, Any]:
         value = json.loads(json.dumps(asdict(self)))
@@ -66,7 +67,10 @@ class RunSummary:
         try:
             names = [item.name for item in fields(StageSummary)]
             stages = tuple(StageSummary(**{name: _tuple(row[name]) for name in names}) for row in value["stages"])
-            return cls(**{item.name: value[item.name] for item in fields(cls) if item.name != "stages"}, stages=stages)
+            plain = [
+                item.name for item in fields(cls) if item.name != "stages" and (item.default is MISSING or item.name in value)
+            ]
+            return cls(**{name: value[name] for name in plain}, stages=stages)
         except (KeyError, TypeError) as error:
             raise DataError(f"not a run summary ({error})", where=where, remedy="let `posttrain run` write it again") from error
 

@@ -12,6 +12,7 @@ from posttrain.pipeline.material import gather
 from posttrain.pipeline.play import Player
 from posttrain.pipeline.pull import pull
 from posttrain.pipeline.runtime import Runtime, parse_dtype, prepare_process
+from posttrain.policy.device import find_device
 from posttrain.recipe import Recipe, StageRecipe
 from posttrain.stages.bench import Workbench
 from posttrain.training import team
@@ -40,9 +41,10 @@ def assist(recipe: Recipe) -> dict[str, Any]:
     """In every other process: do what the first one calls for, until the run is over."""
     prepare_process(recipe.threads)
     world = load_world(recipe.world)
+    device = find_device(recipe.device)
     nothing: Order | None = None
     while (order := team().share(nothing)) is not None:
-        runtime = Runtime.load(order.parent, parse_dtype(order.dtype))
+        runtime = Runtime.load(order.parent, parse_dtype(order.dtype), device)
         runtime.policy.recompute = recipe.recompute
         bench = Workbench(
             runtime.policy,

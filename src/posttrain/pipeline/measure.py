@@ -99,7 +99,7 @@ def sequence_divergences(
 ) -> list[float]:
     """Mean KL(candidate || parent) per learned token of each sequence."""
     means: dict[int, float] = {}
-    for pack in fill_packs(sequences, 1024):
+    for pack in (packed.to(runtime.policy.device) for packed in fill_packs(sequences, 1024)):
         runtime.policy.use(adapter)
         hidden = runtime.policy.hidden(pack)[pack.rows]
         if parent is None:

@@ -87,7 +87,7 @@ def _on_dense(trained: Runtime, folders: Mapping[str, Path], parent: Path) -> Ru
     Only the first process measures."""
     if not team().first:
         return trained
-    runtime = Runtime.load(parent, trained.policy.dtype)
+    runtime = Runtime.load(parent, trained.policy.dtype, trained.policy.device)
     for name, folder in folders.items():
         runtime.policy.load_adapter(name, folder, expected_parent=trained.policy.fingerprint)
     return runtime

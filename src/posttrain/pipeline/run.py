@@ -27,6 +27,7 @@ from posttrain.pipeline.pull import MAIN, pull
 from posttrain.pipeline.runtime import Runtime, parse_dtype, prepare_process
 from posttrain.pipeline.summary import summarise
 from posttrain.policy.base import resolve_base
+from posttrain.policy.device import device_name, find_device, peak_device_memory_mb
 from posttrain.recipe import Recipe, StageRecipe, gate_policy
 from posttrain.releases import Channels, Registry, Release
 from posttrain.report import write_report
@@ -68,7 +69,7 @@ class _Run:
     def __init__(self, recipe: Recipe, folder: RunFolder, console: Console) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
         prepare_process(recipe.threads)
-        self.dtype = parse_dtype(recipe.dtype)
+        self.dtype, self.device = parse_dtype(recipe.dtype), find_device(recipe.device)
         check_depth(recipe, resolve_base(recipe.base))
         check_disk(recipe, resolve_base(recipe.base))
         check_sharding(recipe)
@@ -103,10 +104,15 @@ class _Run:
             self.console.stage(BASE, self.recipe.base)
             clock = Clock()
             with clock.part("load"):
-                runtime = Runtime.load(self.parents.base_weights().folder, self.dtype)
+                runtime = Runtime.load(self.parents.base_weights().folder, self.dtype, self.device)
             with clock.part("evaluate"):
                 card = self.measurer.measure(runtime, lambda task: None, candidate=BASE)
-            done = {"scorecard": card.to_json(), "dtype": str(runtime.policy.dtype), **_spent(clock)}
+            done = {
+                "scorecard": card.to_json(),
+                "dtype": str(runtime.policy.dtype),
+                "device": device_name(self.device),
+                **self._spent(clock),
+            }
             self._finish(BASE, card, None, done)
         # 'auto' is measured once a run: a stage resumed on a busier machine must compute in the same type
         self.dtype = self.parents.dtype = parse_dtype(done["dtype"].removeprefix("torch."))
@@ -127,7 +133,7 @@ class _Run:
         with clock.part("load"):
             base = self.parents.base_weights()
             parent = base if road.accepted is None else self.parents.merged(road.accepted)
-            runtime = Runtime.load(parent.folder, self.dtype)
+            runtime = Runtime.load(parent.folder, self.dtype, self.device)
             runtime.policy.recompute = self.recipe.recompute
         bench = self._bench(stage, parent, material, runtime, clock)
         call(Order(stage, parent.folder, bench.folder, bench.identity, bench.seed, bench.pack_tokens,
@@ -145,7 +151,7 @@ class _Run:
         done = {
             "accepted": verdict.passed, "releases": ids, "parent": parent.release, "parent_fingerprint": parent.fingerprint,
             "parity": dict(parent.parity or {}), "scorecard": card.to_json(), "verdict": verdict.to_json(), "stopped": dict(pulled.stopped),
-            "data": material.hashes, "kind": stage.kind, **_spent(clock),
+            "data": material.hashes, "kind": stage.kind, **self._spent(clock),
         }  # fmt: skip
         self._finish(stage.name, card, verdict, done)
         return done
@@ -182,6 +188,11 @@ class _Run:
             renderings=self.renderings,
         )
 
+    def _spent(self, clock: Clock) -> dict[str, Any]:
+        on_device = peak_device_memory_mb(self.device)
+        spent = {"seconds": clock.seconds, "seconds_by_part": dict(clock.parts), "peak_memory_mb": peak_memory_mb()}
+        return spent if on_device is None else {**spent, "peak_device_memory_mb": on_device}
+
     def _finish(self, name: str, card: Scorecard, verdict: Verdict | None, done: Mapping[str, Any]) -> None:
         folder = self.folder.stage(name)
         write_json(folder / "scorecard.json", card.to_json())
@@ -191,10 +202,6 @@ class _Run:
         self.folder.finish(name, done)
         summarise(self.recipe, self.folder, self.channels, "running")
         write_report(self.folder.root)
-
-
-def _spent(clock: Clock) -> dict[str, Any]:
-    return {"seconds": clock.seconds, "seconds_by_part": dict(clock.parts), "peak_memory_mb": peak_memory_mb()}
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | str]:

@@ -13,6 +13,7 @@ import torch
 
 from posttrain.contract import Contract
 from posttrain.grammar.matcher import GrammarEngine
+from posttrain.policy.device import find_device
 from posttrain.policy.policy import Policy
 from posttrain.sampling import LocalSampler
 
@@ -32,11 +33,11 @@ class Runtime:
         return cls(policy, contract, LocalSampler(policy, contract.end_of_turn, grammar))
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Runtime:
-        """Contract first: a wrong lock is refused before any weight is read."""
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Runtime:
+        """Contract first: a wrong lock is refused before any weight is read. `device` None: see `find_device`."""
         gc.collect()  # modules with forwards of their own are cycles: the last model's weights would wait for the collector's turn
         contract = Contract.load(folder)
-        return cls.of(Policy.load(folder, dtype), contract)
+        return cls.of(Policy.load(folder, dtype, device or find_device()), contract)
 
 
 def prepare_process(threads: int | None) -> int:

@@ -29,10 +29,11 @@ def summarise(recipe: Recipe, folder: RunFolder, channels: Channels, status: str
     parts = [base, *(folder.done(stage.name) or {} for stage in recipe.stages)]
     summary = RunSummary(
         run=recipe.name, status=status,
-        base=base_view | {"seconds": base.get("seconds", 0.0), "dtype": base.get("dtype", "")},
+        base=base_view | {key: base.get(key, empty) for key, empty in (("seconds", 0.0), ("dtype", ""), ("device", ""))},
         stages=tuple(stages), final_release=final, channels=dict(channels.pointers()),
         seconds=sum(part.get("seconds", 0.0) for part in parts),
         peak_memory_mb=max((part.get("peak_memory_mb", 0.0) for part in parts), default=0.0),
+        peak_device_memory_mb=max((part.get("peak_device_memory_mb", 0.0) for part in parts), default=0.0),
         versions=folder.versions, recipe_sha256=recipe.hash,
     )  # fmt: skip
     summary.save(folder.root / "summary.json")

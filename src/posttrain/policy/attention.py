@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from posttrain.policy import flex
 from posttrain.policy.pack import Pack
 
 NAME = "posttrain"
@@ -36,13 +37,16 @@ def grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | N
 
 @dataclass(slots=True)
 class TreeAttention:
-    """Tree attention over one pack. `sink`, when given, receives every layer's keys and values (to prefill a cache)."""
+    """Tree attention over one pack. `sink`, when given, receives every layer's keys and values (to prefill a cache). `flex`: one kernel
+    for the whole tree instead of one call a node (None: on a GPU)."""
 
     pack: Pack
     sink: dict[int, tuple[Tensor, Tensor]] | None = None
+    flex: bool | None = None
     _paths: list[list[int]] = field(default_factory=list)  # each node's ancestors, root first, and itself
     _sizes: list[int] = field(default_factory=list)
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _trees: dict[int | None, Any] = field(default_factory=dict)  # block masks by window
 
     def __post_init__(self) -> None:
         self._paths = [[*self.pack.ancestors(index), index] for index in range(len(self.pack.nodes))]
@@ -51,17 +55,21 @@ class TreeAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         if self.sink is not None:
             self.sink[layer] = (_own(k), _own(v))
+        if self.flex if self.flex is not None else q.device.type == "cuda":
+            if window not in self._trees:
+                self._trees[window] = flex.block_mask(self.pack, window, q.device)
+            return flex.attend(q, k, v, self._trees[window], scale)
         # split once, not sliced per node: the gradient of a slice is a zero tensor of the whole pack
         queries, keys, values = (torch.split(tensor, self._sizes, dim=2) for tensor in (q, k, v))
         outputs = []
         for index, path in enumerate(self._paths):
             k_node, v_node = _join(keys, path), _join(values, path)
             plain = len(path) == 1 and (window is None or self._sizes[index] <= window)
-            mask = None if plain else self._mask(index, window)
+            mask = None if plain else self._mask(index, window, q.device)
             outputs.append(grouped_sdpa(queries[index], k_node, v_node, scale, mask, causal=plain))
         return torch.cat(outputs, dim=2)
 
-    def _mask(self, index: int, window: int | None) -> Tensor:
+    def _mask(self, index: int, window: int | None, device: torch.device) -> Tensor:
         """[queries, keys] bool: position of the key is not later, and within the sliding window if there is one."""
         if (index, window) not in self._masks:
             parts = torch.split(self.pack.positions, self._sizes)
@@ -70,7 +78,7 @@ class TreeAttention:
             allowed = k_positions <= q_positions
             if window is not None:
                 allowed &= k_positions > q_positions - window
-            self._masks[index, window] = allowed
+            self._masks[index, window] = allowed.to(device)
         return self._masks[index, window]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -99,6 +99,13 @@ class Pack:
             tuple(tree.nodes[leaf].end - 1 for leaf in tree.leaves),
         )
 
+    def to(self, device: torch.device) -> Pack:
+        """The pack with its tensors on a device; itself where they are."""
+        if self.ids.device == device:
+            return self
+        names = ("ids", "positions", "rows", "targets", "sequence", "step", "weights")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names}, _cache={})
+
     def ancestors(self, node: int) -> list[int]:
         """Node indices from the root down to, not including, `node`."""
         path: list[int] = []
@@ -122,7 +129,7 @@ class Pack:
 
     def mask(self) -> Tensor:
         """[B, L] float 0/1: which places of `pad` hold a prediction."""
-        return self.pad(torch.ones(len(self.rows)))
+        return self.pad(torch.ones(len(self.rows), device=self.rows.device))
 
     def padded_weights(self) -> Tensor:
         return self.pad(self.weights)

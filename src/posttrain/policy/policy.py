@@ -77,7 +77,7 @@ class Policy:
         self.head = Head.of(model)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Policy:
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Policy:
         """Load a Hugging Face folder (safetensors only). `dtype` is the compute type; None measures (see `weights.fast_dtype`)."""
         from transformers import AutoModelForCausalLM
 
@@ -86,7 +86,7 @@ class Policy:
         quiet_transformers()
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=dtype or fast_dtype(device), use_safetensors=True, trust_remote_code=False
+                str(folder), dtype=dtype or fast_dtype(torch.device(device).type), use_safetensors=True, trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise BaseModelError(
@@ -294,7 +294,10 @@ class Policy:
         for name, _ in shares:
             if name is not None and name not in self.adapters:
                 self.use(name)  # raises
-        before, self._mix.shares = self._mix.shares, [(name, tokens) for name, tokens in shares if name is not None]
+        before = self._mix.shares
+        self._mix.shares = [
+            (name, None if tokens is None else tokens.to(self.device)) for name, tokens in shares if name is not None
+        ]
         try:
             yield
         finally:

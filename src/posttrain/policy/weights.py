@@ -118,10 +118,10 @@ def cut_layers(model: Any, keep: tuple[int, ...]) -> Any:
     student_config.num_hidden_layers = len(keep)
     if getattr(student_config, "layer_types", None):
         student_config.layer_types = [student_config.layer_types[i] for i in keep]
-    student = type(model)(student_config)
     like = next(model.parameters())
+    student = type(model)(student_config).to(like.device)
     for parameter in student.parameters():  # parameters only: rotary frequencies stay float32, as they do when loaded
-        parameter.data = parameter.data.to(like.device, like.dtype)
+        parameter.data = parameter.data.to(like.dtype)
     source = base_parameters(model)
     renumber = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(keep)}
     for target_name, parameter in student.named_parameters():

@@ -77,6 +77,7 @@ class Cache:
         slot = torch.cat([torch.arange(int(count)) for count in counts])
         if not self.keys:
             self._take([sink[layer][0][0] for layer in sorted(sink)])
+        row, slot, source = (index.to(self.keys[0].device) for index in (row, slot, source))
         for layer, (k, v) in sink.items():  # [T, Hkv, D] is how they lie in memory: whole tokens are copied
             self.keys[layer][row, :, slot] = k[0].transpose(0, 1)[source]
             self.values[layer][row, :, slot] = v[0].transpose(0, 1)[source]
@@ -155,6 +156,10 @@ class StepAttention:
                 self._trunks.append((trunk, None if asking.all() else asking.nonzero()[:, 0]))
         self._parts: dict[int | None, list[_Part]] = {}
         self._counts = counts
+        # once a step, not once a layer
+        self._device = cache.keys[0].device
+        self.row, self.slot, self.positions = (index.to(self._device) for index in (self.row, self.slot, self.positions))
+        self._trunks = [(trunk, None if asking is None else asking.to(self._device)) for trunk, asking in self._trunks]
 
     def commit(self, counts: list[int]) -> None:
         self.cache.lengths[: len(counts)] += torch.tensor(counts)
@@ -211,7 +216,9 @@ class StepAttention:
             seen[..., 0] |= ~seen.any(-1)  # a padded query may lie beyond every slot; it is thrown away, but must not be nan
         bias = torch.zeros(seen.shape, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, float("-inf"))
         flat = None if width == 1 and len(members) == len(self._counts) else self._starts[members][local] + offset
-        return _Part(rows, flat, local, offset, width, span, bias[:, None])
+        local, offset, bias = (tensor.to(self._device) for tensor in (local, offset, bias[:, None]))
+        rows = rows if isinstance(rows, slice) else rows.to(self._device)
+        return _Part(rows, None if flat is None else flat.to(self._device), local, offset, width, span, bias)
 
     @staticmethod
     def _strips(part: _Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -239,10 +246,10 @@ def _with_trunk(
     asked = q.permute(1, 0, 2, 3).reshape(1, kv_heads, count * group, size)
     bias = blind = None
     if window is not None:
-        near = torch.arange(trunk.length) > positions[:, None] - window
+        near = torch.arange(trunk.length, device=positions.device) > positions[:, None] - window
         if not near.any():
             return own
-        bias = torch.zeros(near.shape, dtype=q.dtype).masked_fill_(~near, float("-inf"))
+        bias = q.new_zeros(near.shape).masked_fill_(~near, float("-inf"))
         bias, blind = bias.repeat_interleave(group, 0)[None, None], ~near.any(-1)
     mixed, total = attention_with_lse(asked, trunk.keys[layer][None], trunk.values[layer][None], bias, scale)
     shared = mixed.view(kv_heads, count, group, size).transpose(0, 1)

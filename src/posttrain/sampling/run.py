@@ -180,6 +180,7 @@ class Run(ABC):
     def choose(self, logits: Tensor, rows: list[Row] | None = None) -> None:
         """Draw each row's next token from logits [R, V], append what the grammar then forces, and retire what is finished. A row whose
         grammar fails leaves with its error."""
+        logits = logits.cpu()  # tokens are drawn there, on whatever device the model computes
         rows = list(self.rows) if rows is None else rows
         allowed, only, broken = self._allowed(rows, logits.shape[1])
         tokens, full, drawn = draw(

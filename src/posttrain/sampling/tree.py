@@ -112,7 +112,7 @@ class TreeRun(Run):
             sink: dict[int, tuple[Tensor, Tensor]] = {}
             hidden = self.decoder.infer(pack.ids, pack.positions, TreeAttention(pack, sink), [(adapter, None)])
             order = sorted(range(len(pack.members)), key=lambda place: _length(rows[pack.members[place]]))
-            logits = self.decoder.logits(hidden[[pack.ends[place] for place in order]])
+            logits = self.decoder.logits(hidden[torch.tensor([pack.ends[place] for place in order])])
             fresh = [rows[pack.members[place]] for place in order]
             families = [self.family[row.index] for row in fresh]
             trunks = [self._trunk(family, pack.sequence_rows(p), sink) for family, p in zip(families, order, strict=True)]

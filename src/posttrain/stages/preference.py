@@ -116,7 +116,7 @@ def _reference(packs: Sequence[Pack], learner: Learner) -> dict[int, Tensor]:
     found = {}
     for pack, values in learner.reference_logprobs(packs):
         for place, member in enumerate(pack.members):
-            found[member] = values[(pack.sequence == place).to(values.device)]
+            found[member] = values[(pack.sequence == place).to(values.device)].cpu()  # where other processes can read it
     return {member: values for share in team().gather(found) for member, values in share.items()}
 
 

@@ -174,8 +174,8 @@ def work_of(
     of sequence i's learned tokens. The reference is computed only where a KL term or a limit asks for it."""
     packs = fill_packs(sequences, pack_tokens)
     wanted = options.beta != 0 or options.max_kl is not None
-    references = {id(pack): values for pack, values in learner.reference_logprobs(packs)} if wanted else {}
-    return Work(packs, lambda scored: _objective(scored, options, old, advantages, references.get(id(scored.pack)), rows))
+    references = {pack.members: values for pack, values in learner.reference_logprobs(packs)} if wanted else {}
+    return Work(packs, lambda scored: _objective(scored, options, old, advantages, references.get(scored.pack.members), rows))
 
 
 def group_advantages(options: GrpoOptions, judgements: Sequence[Judgement | None]) -> tuple[Tensor, Tensor]:
@@ -201,6 +201,7 @@ def _objective(
     for row, member in enumerate(members):
         old_bt[row, : len(old[member])] = old[member]
     # the sampler computed these with other matrix shapes: the difference is logged, and the ratio corrects for it
+    gains = advantages[members].to(logp.device)
     gap = ((logp.detach() - old_bt) * mask).abs().sum()
     terms: PolicyTerms = {
         "ref_logp_bt": None if reference is None else scored.pack.pad(reference),
@@ -209,9 +210,9 @@ def _objective(
         "eps_high": options.eps_high,
     }
     if options.advantage == "grpo":
-        loss, metrics = grpo(logp, old_bt, mask, advantages[members], normaliser=float(rows), **terms)
+        loss, metrics = grpo(logp, old_bt, mask, gains, normaliser=float(rows), **terms)
     else:
-        loss, metrics = dr_grpo(logp, old_bt, mask, advantages[members], options.max_len, normaliser=float(rows), **terms)
+        loss, metrics = dr_grpo(logp, old_bt, mask, gains, options.max_len, normaliser=float(rows), **terms)
     return loss, {**metrics, "sampler_gap_sum": gap}
 
 

@@ -28,7 +28,7 @@ class Scored:
 
     def logprobs(self) -> Tensor:
         """[N] float32."""
-        return self.policy.head.logprobs(self.hidden, self.pack.targets.to(self.hidden.device))
+        return self.policy.head.logprobs(self.hidden, self.pack.targets)
 
     def padded_logprobs(self) -> Tensor:
         """[B, L] float32, 0 where there is no prediction."""
@@ -81,7 +81,7 @@ class Learner:
             betas=(options.beta1, options.beta2),
             eps=options.eps,
             weight_decay=options.weight_decay,
-            fused=True,  # one pass over each parameter and its moments instead of ten
+            fused=policy.device.type in ("cpu", "cuda"),  # one pass over each parameter and its moments instead of ten
         )
         self.steps_done = 0
         self.tokens_done = 0
@@ -124,8 +124,8 @@ class Learner:
         team().sum_([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
 
     def score(self, pack: Pack) -> Scored:
-        hidden = self.policy.hidden(pack)
-        return Scored(self.policy, pack, hidden[pack.rows.to(hidden.device)])
+        pack = pack.to(self.policy.device)
+        return Scored(self.policy, pack, self.policy.hidden(pack)[pack.rows])
 
     @torch.no_grad()
     def reference_logprobs(self, packs: Sequence[Pack]) -> list[tuple[Pack, Tensor]]:
@@ -204,7 +204,9 @@ class Learner:
             master.copy_(tensors[f"master.{name}"])
             prefix = [key for key in tensors if key.startswith("adam.") and key.split(".", 2)[2] == name]
             if prefix:
-                self._optimiser.state[master] = {key.split(".", 2)[1]: tensors[key].clone() for key in prefix}
+                self._optimiser.state[master] = {
+                    key.split(".", 2)[1]: tensors[key].to(master.device, copy=True) for key in prefix
+                }
         torch.set_rng_state(tensors["rng.torch"])
         self._publish()
         self.steps_done, self.tokens_done = int(state["steps_done"]), int(state["tokens_done"])
