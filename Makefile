@@ -7,7 +7,7 @@ FAST ?=
 WORKS ?=
 RECIPE := $(if $(FAST),recipes/finance_fast.yaml,recipes/finance_demo.yaml)
 
-.PHONY: demo test test-all lint bench base serve clean
+.PHONY: demo test test-all lint bench bench-gpu base serve clean
 
 demo: base
 	$(BIN)/posttrain run $(RECIPE)
@@ -29,6 +29,10 @@ lint: $(STAMP)
 bench: base
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(if $(WORKS),--works $(WORKS))
+
+bench-gpu: base
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python -m benchmarks.gpu
 
 $(STAMP): pyproject.toml constraints.txt
 	scripts/setup "$(PYTHON)" "$(VENV)"

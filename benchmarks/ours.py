@@ -16,6 +16,7 @@ from posttrain.data.records import StopReason
 from posttrain.grammar import GrammarEngine, json_grammar
 from posttrain.pipeline.runtime import parse_dtype, prepare_process
 from posttrain.policy import LoraOptions, Policy, fill_packs
+from posttrain.policy.device import find_device
 from posttrain.sampling import LocalSampler, Sample, SampleOptions, SampleRequest
 from posttrain.stages import preference, reason
 from posttrain.stages.bench import learned_weight
@@ -89,7 +90,7 @@ def grpo(material: Material, turns: Turns, options: Options) -> None:
 def generate(material: Material, turns: Turns, options: Options) -> None:
     """`batch` prompts of `prompt` tokens each (one prompt for all with `shared`), `new` tokens after each, temperature 1."""
     prepare_process(None)
-    policy = Policy.load(Path(material["base"]), parse_dtype(material["dtype"]))
+    policy = Policy.load(Path(material["base"]), parse_dtype(material["dtype"]), find_device())
     contract = Contract.load(Path(material["base"]))
     engine = GrammarEngine(contract.tokenizer, policy.head.vocabulary, contract.end_of_turn)
     sampler = LocalSampler(policy, -1 if not options.get("grammar") else contract.end_of_turn, engine)
@@ -123,7 +124,7 @@ def prompts_of(material: Material, options: Options, turn: int) -> list[list[int
 
 def _learner(material: Material, options: Options) -> Learner:
     prepare_process(None)
-    policy = Policy.load(Path(material["base"]), parse_dtype(material["dtype"]))
+    policy = Policy.load(Path(material["base"]), parse_dtype(material["dtype"]), find_device())
     policy.add_adapter(
         "main", LoraOptions(rank=options["rank"], alpha=2.0 * options["rank"], base=options.get("base", "dense")), seed=0
     )

@@ -15,11 +15,12 @@ from benchmarks.side import Step, Turns
 def generate(material: dict[str, Any], turns: Turns, options: dict[str, Any]) -> None:
     """The same prompts, as many tokens, temperature 1 without truncation."""
     model = AutoModelForCausalLM.from_pretrained(material["base"], dtype=getattr(torch, material["dtype"])).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
 
     def steps() -> Iterator[Step]:
         for turn in range(1_000_000):
-            ids = torch.tensor(prompts_of(material, options, turn))  # all of one length
+            ids = torch.tensor(prompts_of(material, options, turn), device=model.device)  # all of one length
             with torch.inference_mode():
                 out = model.generate(
                     ids,

@@ -14,7 +14,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.side import Turns
+from benchmarks.side import Turns, finish_device
 
 Material = dict[str, Any]
 Options = dict[str, Any]
@@ -34,6 +34,7 @@ class _Told(TrainerCallback):  # type: ignore[misc]
         self._started = time.perf_counter()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        finish_device()
         self._seconds = time.perf_counter() - self._started
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
@@ -52,7 +53,7 @@ def _common(options: Options, batch: int) -> dict[str, Any]:
         "report_to": "none",
         "save_strategy": "no",
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
+        "bf16": bool(options.get("bf16", False)),
         "disable_tqdm": True,
         "gradient_checkpointing": bool(options.get("gradient_checkpointing", False)),
         "seed": 0,

@@ -18,8 +18,20 @@ from typing import Any
 Step = dict[str, float]  # what a step reports: tokens, and for training the loss
 
 
+def finish_device() -> None:
+    """Wait for what was started on a GPU: its work is not done when the call returns."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def peak_mib() -> float:
-    """Peak resident memory of this process, MiB (Linux: VmHWM)."""
+    """Peak memory of this process, MiB: on the GPU where there is one, else resident (Linux: VmHWM)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
@@ -51,6 +63,7 @@ class Turns:
             self.wait()
             start = time.perf_counter()
             done = next(steps)
+            finish_device()
             self.say(seconds=time.perf_counter() - start, **done)
 
 
