@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 
 def shard(body: Any, device: torch.device, reshard: bool) -> None:
@@ -25,6 +24,7 @@ def shard(body: Any, device: torch.device, reshard: bool) -> None:
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in body.layers:
