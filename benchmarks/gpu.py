@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import json
 import random
+import re
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
@@ -56,13 +57,17 @@ SHAPES = {
     "3b": Shape(3072, 8192, 28, 24, 8, 128),  # Llama 3.2 3B
     "tiny": Shape(64, 128, 2, 4, 2, 16, 49152),
 }
-# Dense bf16 peak, TFLOP/s, from the makers' data sheets (without sparsity); the longest name that fits wins.
+# Dense bf16 peak, TFLOP/s, from the makers' data sheets (without sparsity); the name with the most words that fits wins.
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
 
+LONGEST = 2048  # tokens of a record
+
+
 def peak_tflops(name: str) -> float | None:
-    """The table's figure for a device's name; None for one it does not hold."""
-    fitting = [known for known in PEAKS if all(part in name for part in known.split())]
+    """The table's figure for a device's name; None for one it does not hold. Whole words only: an L40 is no L4, a GH200 no H200."""
+    words = set(re.findall(r"\w+", name))
+    fitting = [known for known in PEAKS if set(known.split()) <= words and "Laptop" not in words]
     return PEAKS[max(fitting, key=len)] if fitting else None
 
 
@@ -89,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as scratch, log_path.open("w") as log:
         for name in shapes:
             data = Path(scratch) / f"{name}.json"
-            material = make(SHAPES[name], Path(scratch) / name, dtype, data, longest=96 if chosen.smoke else 2048)
+            material = make(SHAPES[name], Path(scratch) / name, dtype, data, longest=96 if chosen.smoke else LONGEST)
             for planned in works(name, small=chosen.smoke):
                 if "trl" in planned.peer.module and importlib.util.find_spec("trl") is None:
                     print(f"{planned.work}: skipped, trl is not installed (make bench-gpu installs it)")
@@ -106,7 +111,9 @@ def main() -> None:
 def works(name: str, small: bool) -> list[Duel]:
     """What is measured for a shape."""
     train = {"rank": 16, "lr": 1e-4, "pack_tokens": 256 if small else 8192, "batch": 2 if small else 8, "records": "records"}
-    padded, packed = {"bf16": not small}, {"packing": True, "batch": 1 if small else 4, "bf16": not small}
+    # no record is cut on either side: a peer that drops the learned end of long records does other work
+    padded = {"bf16": not small, "max_length": LONGEST}
+    packed = {**padded, "packing": True, "batch": 1 if small else 4}
     ours = Side("ours", "sft", train)
     new = 8 if small else 64
     duels = [

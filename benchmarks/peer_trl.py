@@ -88,7 +88,7 @@ def sft(material: Material, turns: Turns, options: Options) -> None:
     rows = [{"input_ids": r["ids"], "completion_mask": r["learned"]} for r in material[options["records"]]]
     args = SFTConfig(
         **_common(options, options["batch"]),
-        max_length=1024,
+        max_length=options.get("max_length", 1024),
         packing=bool(options.get("packing", False)),
         completion_only_loss=True,
     )

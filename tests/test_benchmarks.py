@@ -40,8 +40,13 @@ def test_the_named_shapes_have_the_sizes_in_their_names() -> None:
 def test_a_devices_peak_is_that_of_the_longest_name_that_fits() -> None:
     assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
     assert peak_tflops("NVIDIA H100 PCIe") == 756
+    assert peak_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert peak_tflops("NVIDIA L40S") == 362
-    assert peak_tflops("Intel(R) Xeon(R) Processor") is None
+
+
+def test_a_device_of_a_similar_name_has_no_peak() -> None:
+    for name in ("Intel(R) Xeon(R) Processor", "NVIDIA L40", "NVIDIA GH200 480GB", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_tflops(name) is None, name
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,4 +1,4 @@
-"""FlexAttention over a pack's tree has the values of attention node by node (it has no backward pass on a CPU)."""
+"""FlexAttention over a pack's tree has the values and gradients of attention node by node."""
 
 from __future__ import annotations
 
@@ -36,6 +36,23 @@ def test_one_kernel_for_the_tree_is_attention_node_by_node(kv_heads: int, window
     tensors = inputs(pack.tokens, 4, kv_heads)
     plain, flexed = (TreeAttention(pack, flex=flex).attend(0, *tensors, scale=0.3, window=window) for flex in (False, True))
     torch.testing.assert_close(flexed, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_its_gradients_are_those_of_attention_node_by_node(
+    kv_heads: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torch refuses gradients on a CPU, where it has no compiled kernel for them; the backward pass it has otherwise runs there too
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    pack, found = tree(), []
+    for flex in (False, True):
+        tensors = [tensor.requires_grad_(True) for tensor in inputs(pack.tokens, 4, kv_heads)]
+        out = TreeAttention(pack, flex=flex).attend(0, *tensors, scale=0.3, window=window)
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        found.append(torch.autograd.grad(out, tensors, direction))
+    for name, plain, flexed in zip("qkv", *found, strict=True):
+        torch.testing.assert_close(flexed, plain, atol=5e-5, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("window", [None, 17])

@@ -1,7 +1,8 @@
 """Tree attention on a GPU: one FlexAttention call a layer with the pack's tree as a block mask (Dong 2024).
 
 A pack is laid out depth first, so the tokens that may see token k are those from k to the end of the subtree below k's node: k <= q <
-end[k]. That is the whole mask; blocks in which no query may see a key are skipped by the kernel, and no [T, T] mask exists.
+end[k]. That is the whole mask; blocks in which no query may see a key are skipped by the kernel. The block mask is made by compiled code
+on a GPU: made eagerly it would evaluate all [T, T] places before it reduces them to blocks.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def block_mask(pack: Pack, window: int | None, device: torch.device) -> Any:
         return sees(batch, head, q, k) & (positions[k] > positions[q] - near)
 
     size = pack.tokens
-    return create_block_mask(sees if window is None else sees_near, None, None, size, size, device=device, BLOCK_SIZE=BLOCK)
+    sees_all = sees if window is None else sees_near
+    on_gpu = device.type == "cuda"
+    return create_block_mask(sees_all, None, None, size, size, device=device, BLOCK_SIZE=BLOCK, _compile=on_gpu)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
