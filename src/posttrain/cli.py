@@ -23,6 +23,7 @@ app.add_typer(base_app, name="base")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs and of the registry.")]
+Device = Annotated[str, typer.Option(help="auto (POSTTRAIN_DEVICE, else a GPU where there is one), cpu, cuda or cuda:N.")]
 _RUNS = Path("runs")
 
 
@@ -79,13 +80,16 @@ def evaluate(
     n: Annotated[int, typer.Option(help="Number of tasks (worlds only).")] = 96,
     base: Annotated[str, typer.Option(help="Base that the registry's releases start from.")] = "smollm2-135m",
     runs: Root = _RUNS,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure a base or a release on a suite: the same sampler, grammar, tools and guard that serving uses."""
     from posttrain.pipeline.evaluating import evaluate_target, metric_lines
 
     with _friendly():
-        card = evaluate_target(target, suite=suite, split=split, seed=seed, n=n, base=base, runs=runs, quiet=as_json)
+        card = evaluate_target(
+            target, suite=suite, split=split, seed=seed, n=n, base=base, runs=runs, quiet=as_json, device=device
+        )
         if as_json:
             _print_json(card.to_json())
         else:
@@ -156,21 +160,22 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     runs: Root = _RUNS,
+    device: Device = "auto",
 ) -> None:
     """Serve the channels on an OpenAI-compatible API, tenant by API key. Keys are issued on the first start and shown once."""
     from posttrain.pipeline.serve import serve_channels
 
     with _friendly():
-        serve_channels(runs, base, host, port, typer.echo)
+        serve_channels(runs, base, host, port, typer.echo, device)
 
 
 @app.command("serve-engine")
-def serve_engine(base: str = "smollm2-135m", host: str = "127.0.0.1", port: int = 8001) -> None:
+def serve_engine(base: str = "smollm2-135m", host: str = "127.0.0.1", port: int = 8001, device: Device = "auto") -> None:
     """Serve a base's tokens to training jobs (vLLM's calls); never to users: it knows no tenants."""
     from posttrain.pipeline.serve import serve_engine as run_engine
 
     with _friendly():
-        run_engine(base, host, port, typer.echo)
+        run_engine(base, host, port, typer.echo, device)
 
 
 @app.command()

@@ -22,7 +22,7 @@ from posttrain.policy.device import find_device
 from posttrain.policy.pack import Pack
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from posttrain.stages import Workbench, distill
-from posttrain.training import OptimiserOptions
+from posttrain.training import Checkpointer, Learner, OptimiserOptions
 from tiny_models import FAMILIES, random_ids, sequence, tiny_model, train_tokenizer
 
 
@@ -137,3 +137,30 @@ def test_the_environment_names_a_device_where_no_recipe_does(monkeypatch: pytest
     monkeypatch.setenv("POSTTRAIN_DEVICE", "cuda:77")
     with pytest.raises(RecipeError, match="no such GPU"):
         find_device()
+
+
+def test_processes_that_would_share_one_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda", 1)
+    assert find_device("cuda:0") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(RecipeError, match="share one GPU"):
+        find_device("cuda:0")
+
+
+def test_a_gpus_random_state_is_in_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = Learner.for_adapter(pair()[0], "one", OptimiserOptions(), 2)
+    state, restored = torch.arange(16, dtype=torch.uint8), []
+    monkeypatch.setattr(Policy, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda value, device: restored.append((value, device)))
+    writer = Checkpointer(tmp_path, "x")
+    learner.save(writer, {"step": 0})
+    writer.close()
+    learner.resume(tmp_path, "x")
+    ((value, device),) = restored
+    assert torch.equal(value, state) and device == torch.device("cuda", 0)
+    monkeypatch.undo()
+    learner.resume(tmp_path, "x")  # on a CPU: nothing to restore there

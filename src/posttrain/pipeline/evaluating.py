@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 import yaml
 
 from posttrain.agents.world import load_world
@@ -17,34 +18,39 @@ from posttrain.pipeline.parents import Parents
 from posttrain.pipeline.registry import open_registry
 from posttrain.pipeline.runtime import Runtime, prepare_process
 from posttrain.policy.base import resolve_base
+from posttrain.policy.device import find_device
 from posttrain.recipe import EvaluationRecipe, build
 from posttrain.releases import Channels, Kind, Registry, Release
 
 _DEFAULT_WORLD = "finance_ops"
 
 
-def evaluate_target(target: str, *, suite: str, split: str, seed: int, n: int, base: str, runs: Path, quiet: bool) -> Scorecard:
-    """Scorecard of a release id, a channel (all tenants' channels: 'tenants'), or a base."""
+def evaluate_target(
+    target: str, *, suite: str, split: str, seed: int, n: int, base: str, runs: Path, quiet: bool, device: str = "auto"
+) -> Scorecard:
+    """Scorecard of a release id, a channel (all tenants' channels: 'tenants'), or a base. RecipeError for a device that is not there,
+    before anything is loaded."""
     prepare_process(None)
+    place = find_device(device)
     loaded = Suite.load(suite, split=split, seed=seed, n=n)
-    runtime, adapter_for = load_target(target, base, runs)
+    runtime, adapter_for = load_target(target, base, runs, place)
     options = EvaluationRecipe(split=split if split in ("train", "dev", "test") else "test", seed=seed, free=max(8, n // 4))  # type: ignore[arg-type]
     world = load_world(loaded.world or _DEFAULT_WORLD)
     return Measurer(options, world, loaded, Console(quiet)).measure(runtime, adapter_for, candidate=target)
 
 
-def load_target(target: str, base: str, runs: Path) -> tuple[Runtime, AdapterFor]:
-    """The runtime of a target and the adapter that answers each task on it."""
+def load_target(target: str, base: str, runs: Path, device: torch.device | None = None) -> tuple[Runtime, AdapterFor]:
+    """The runtime of a target and the adapter that answers each task on it. `device` None: see `find_device`."""
     if not (runs / "registry").is_dir():
-        return Runtime.load(resolve_base(target)), lambda task: None
+        return Runtime.load(resolve_base(target), device=device), lambda task: None
     registry, channels = open_registry(runs)
     parents = Parents(registry, base, runs / "weights", None)
     if target == "tenants":
-        return _tenants(registry, channels, parents)
+        return _tenants(registry, channels, parents, device)
     release = _release(target, registry, channels)
     if release is None:
-        return Runtime.load(resolve_base(target)), lambda task: None
-    runtime = Runtime.load(parents.runs_on(release).folder)
+        return Runtime.load(resolve_base(target), device=device), lambda task: None
+    runtime = Runtime.load(parents.runs_on(release).folder, device=device)
     name = _resident(runtime, release)
     return runtime, lambda task: name
 
@@ -60,10 +66,10 @@ def _release(target: str, registry: Registry, channels: Channels) -> Release | N
         return None
 
 
-def _tenants(registry: Registry, channels: Channels, parents: Parents) -> tuple[Runtime, AdapterFor]:
+def _tenants(registry: Registry, channels: Channels, parents: Parents, device: torch.device | None) -> tuple[Runtime, AdapterFor]:
     """Every tenant on its own channel, as the server would route it."""
     releases = {name: channels.release(name) for name in channels.names()}
-    runtime = Runtime.load(parents.runs_on(next(iter(releases.values()))).folder)
+    runtime = Runtime.load(parents.runs_on(next(iter(releases.values()))).folder, device=device)
     names = {
         name: _resident(runtime, release) for name, release in releases.items() if release.runs_on == runtime.policy.fingerprint
     }

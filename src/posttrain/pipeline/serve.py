@@ -9,16 +9,18 @@ from posttrain.pipeline.registry import open_registry
 from posttrain.pipeline.runtime import prepare_process
 
 
-def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Blocks until interrupted."""
+def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[str], None], device: str = "auto") -> None:
+    """Blocks until interrupted. RecipeError for a device that is not there, before a key is issued or anything is loaded."""
     from posttrain.pipeline.served import application, ensure_keys
+    from posttrain.policy.device import find_device
     from posttrain.serving.app import serve
 
     prepare_process(None)
+    place = find_device(device)
     registry, channels = open_registry(runs)
     keys = runs / "keys.json"
     issued = ensure_keys(keys, channels)
-    app = application(registry, channels, base, runs / "weights", keys, runs / "audit.jsonl")
+    app = application(registry, channels, base, runs / "weights", keys, runs / "audit.jsonl", place)
     for tenant, key in issued.items():
         say(f"key of {tenant} (shown once): {key}")
     say(f"serving {', '.join(f'{name} -> {release}' for name, release in channels.pointers().items())}")
@@ -26,15 +28,17 @@ def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[s
     serve(app, host, port)
 
 
-def serve_engine(base: str, host: str, port: int, say: Callable[[str], None]) -> None:
+def serve_engine(base: str, host: str, port: int, say: Callable[[str], None], device: str = "auto") -> None:
     """An engine for training's samples over one base (see `serving.completions`). Blocks until interrupted."""
     from posttrain.pipeline.runtime import Runtime
     from posttrain.policy import resolve_base
+    from posttrain.policy.device import find_device
     from posttrain.serving.app import serve
     from posttrain.serving.completions import SamplerEngine, build_engine_app
 
     prepare_process(None)
-    runtime = Runtime.load(resolve_base(base))
+    place = find_device(device)
+    runtime = Runtime.load(resolve_base(base), device=place)
     context = int(runtime.policy.config.get_text_config().max_position_embeddings)
     engine = SamplerEngine(runtime.policy, runtime.sampler, runtime.contract.end_of_turn, context)
     say(f"{base} answers /v1/completions on http://{host}:{port}; keep it inside the training job's network")

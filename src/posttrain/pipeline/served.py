@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from starlette.applications import Starlette
 
 from posttrain.errors import BindingError, RegistryError
@@ -41,9 +42,11 @@ class ServedModel:
         return release_id
 
 
-def load_served(registry: Registry, channels: Channels, base: str, cache: Path) -> ServedModel:
+def load_served(
+    registry: Registry, channels: Channels, base: str, cache: Path, device: torch.device | None = None
+) -> ServedModel:
     """Load the weights that all channels' releases run on. One process holds one set of weights: channels that need another are an
-    error that says which."""
+    error that says which. `device` None: see `find_device`."""
     releases = {name: channels.release(name) for name in channels.names()}
     if not releases:
         raise RegistryError(
@@ -62,14 +65,16 @@ def load_served(registry: Registry, channels: Channels, base: str, cache: Path) 
         )
     parents = Parents(registry, base, cache, None)
     first: Release = next(iter(releases.values()))
-    runtime = Runtime.load(parents.runs_on(first).folder)
+    runtime = Runtime.load(parents.runs_on(first).folder, device=device)
     runtime.contract.verify(first.contract, where=first.id)
     return ServedModel(registry, runtime)
 
 
-def application(registry: Registry, channels: Channels, base: str, cache: Path, keys: Path, audit: Path) -> Starlette:
+def application(
+    registry: Registry, channels: Channels, base: str, cache: Path, keys: Path, audit: Path, device: torch.device | None = None
+) -> Starlette:
     """The ready ASGI application. A missing key file is an error: keys are issued on purpose, never by default."""
-    model = load_served(registry, channels, base, cache)
+    model = load_served(registry, channels, base, cache, device)
     context = int(getattr(model.runtime.policy.config, "max_position_embeddings", 4096))
     engine = ContractEngine(model.runtime.contract, model.runtime.sampler, context)
     return build_app(engine, Router(channels, AccessFile(keys), model), Audit(audit))

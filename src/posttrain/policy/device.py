@@ -21,6 +21,10 @@ def find_device(name: str = "auto") -> torch.device:
         raise RecipeError("no such device", where="device", value=wanted, remedy="use auto, cpu, cuda or cuda:N")
     if kind == "cpu":
         return torch.device("cpu")
+    if index and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "several processes would share one GPU", where="device", value=wanted, remedy="use device=cuda: each takes its own"
+        )
     place = int(index or os.environ.get("LOCAL_RANK", "0"))
     if place >= count:
         raise RecipeError(

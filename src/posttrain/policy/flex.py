@@ -32,8 +32,6 @@ def subtree_ends(pack: Pack) -> Tensor:
 
 def block_mask(pack: Pack, window: int | None, device: torch.device) -> Any:
     """FlexAttention's block mask of a pack; with a sliding window a key must also be nearer than `window` positions."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     ends, positions = subtree_ends(pack).to(device), pack.positions.to(device)
 
     near = pack.tokens if window is None else window
@@ -46,14 +44,20 @@ def block_mask(pack: Pack, window: int | None, device: torch.device) -> Any:
 
     size = pack.tokens
     sees_all = sees if window is None else sees_near
-    on_gpu = device.type == "cuda"
-    return create_block_mask(sees_all, None, None, size, size, device=device, BLOCK_SIZE=BLOCK, _compile=on_gpu)
+    return _maker(device.type)(sees_all, None, None, size, size, device=device, BLOCK_SIZE=BLOCK)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float) -> Tensor:
     """q [1, H, T, D], k and v [1, Hkv, T, D] -> [1, H, T, D]."""
     out: Tensor = _kernel(q.device.type)(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out
+
+
+@cache
+def _maker(device: str) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True) if device == "cuda" else create_block_mask  # type: ignore[no-any-return]
 
 
 @cache

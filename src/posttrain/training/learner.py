@@ -182,6 +182,8 @@ class Learner:
             for key, value in self._optimiser.state.get(master, {}).items():
                 tensors[f"adam.{key}.{name}"] = value
         tensors["rng.torch"] = torch.get_rng_state()
+        if self.policy.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.policy.device)
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         checkpointer.write(
             copies,
@@ -208,6 +210,8 @@ class Learner:
                     key.split(".", 2)[1]: tensors[key].to(master.device, copy=True) for key in prefix
                 }
         torch.set_rng_state(tensors["rng.torch"])
+        if self.policy.device.type == "cuda" and "rng.cuda" in tensors:  # a checkpoint of a CPU has none
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.policy.device)
         self._publish()
         self.steps_done, self.tokens_done = int(state["steps_done"]), int(state["tokens_done"])
         return dict(state["cursor"])
