@@ -61,7 +61,7 @@ SHAPES = {
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}
 
 
-LONGEST = 2048  # tokens of a record
+LONGEST, SHORT = 2048, 96  # tokens of the longest record, and of a smoke run's
 
 
 def peak_tflops(name: str) -> float | None:
@@ -94,7 +94,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="posttrain-bench-") as scratch, log_path.open("w") as log:
         for name in shapes:
             data = Path(scratch) / f"{name}.json"
-            material = make(SHAPES[name], Path(scratch) / name, dtype, data, longest=96 if chosen.smoke else LONGEST)
+            material = make(SHAPES[name], Path(scratch) / name, dtype, data, longest=SHORT if chosen.smoke else LONGEST)
             for planned in works(name, small=chosen.smoke):
                 if "trl" in planned.peer.module and importlib.util.find_spec("trl") is None:
                     print(f"{planned.work}: skipped, trl is not installed (make bench-gpu installs it)")
@@ -112,7 +112,7 @@ def works(name: str, small: bool) -> list[Duel]:
     """What is measured for a shape."""
     train = {"rank": 16, "lr": 1e-4, "pack_tokens": 256 if small else 8192, "batch": 2 if small else 8, "records": "records"}
     # no record is cut on either side: a peer that drops the learned end of long records does other work
-    padded = {"bf16": not small, "max_length": LONGEST}
+    padded = {"bf16": not small, "max_length": SHORT if small else LONGEST}
     packed = {**padded, "packing": True, "batch": 1 if small else 4}
     ours = Side("ours", "sft", train)
     new = 8 if small else 64
