@@ -127,6 +127,8 @@ def team() -> Team:
     from accelerate import PartialState
 
     sharding = sharding_of(os.environ)
+    if torch.cuda.is_available():  # tensors may lie on either side: a recipe may name the CPU on a machine with GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl")
     state = PartialState(cpu=not torch.cuda.is_available())
     return Team(state.process_index, state.num_processes, sharding)
 
