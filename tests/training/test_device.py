@@ -78,7 +78,10 @@ def test_a_pack_has_a_cpus_log_probabilities_and_gradients(family: str) -> None:
 @pytest.mark.parametrize(
     "kind", [pytest.param("sft", marks=pytest.mark.slow), pytest.param("dpo", marks=pytest.mark.slow), "grpo"]
 )
-def test_a_stage_trains_as_on_a_cpu_and_its_checkpoint_goes_both_ways(kind: str, tmp_path: Path) -> None:
+def test_a_stage_trains_as_on_a_cpu_and_its_checkpoint_goes_both_ways(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(killable, "STEPS", 4)  # a stand-in's operations are slow
     here = killable.run(kind, tmp_path / "here")
     there = killable.run(kind, tmp_path / "there", place=standin.moved)
     for name, weight in there.items():
