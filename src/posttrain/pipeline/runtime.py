@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -36,6 +37,7 @@ class Runtime:
     def load(cls, folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Runtime:
         """Contract first: a wrong lock is refused before any weight is read. `device` None: see `find_device`."""
         gc.collect()  # modules with forwards of their own are cycles: the last model's weights would wait for the collector's turn
+        _trim_heap()
         contract = Contract.load(folder)
         return cls.of(Policy.load(folder, dtype, device or find_device()), contract)
 
@@ -59,6 +61,12 @@ def _keep_heap() -> None:
         return
     for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20), (arena_max, 1)):
         mallopt(option, value)
+
+
+def _trim_heap() -> None:
+    """Give freed pages back once, between models: steps reuse them, but the next model's tensors do not fit the gaps of the last."""
+    with contextlib.suppress(OSError, AttributeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_threads(count: int | None) -> int:
