@@ -48,7 +48,7 @@ def tiny_recipe(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
         {"name": "reason", "kind": "reason", "data": {"n": 4, "kinds": {"reconcile": 1}}, "options": reason, "gate": easy},
         {
             "name": "distill", "kind": "distill", "data": {"n": 4, "own_share": 0.0, "kinds": {"lookup": 1}},
-            "options": {"layers": 2, "keep_first": 1, "batch": 2}, "gate": easy,
+            "options": {"layers": 2, "batch": 2}, "gate": easy,
         },
         {"name": "adapters", "kind": "adapters", "data": {"n": 2}, "options": few, "gate": easy},
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +75,51 @@ def test_layers_that_norm_what_the_mlp_adds_are_refused_by_name() -> None:
     teacher = Policy(tiny_model("gemma3"))
     with pytest.raises(BaseModelError, match="cannot be refitted"):
         refit(student_of(teacher), teacher, KEPT, PACK, 0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_neurons_that_do_nothing_are_the_ones_that_go(family: str) -> None:
+    teacher = Policy(tiny_model(family))
+    idle = torch.arange(0, 48, 2)
+    for layer in teacher.base.base_model.layers:
+        layer.mlp.up_proj.weight.data[idle] = 0.0
+    student = Policy(cut_layers(teacher.base, (0, 1, 2)))
+    left = refit(student, teacher, (0, 1, 2), PACK, 1e-3, width=24)
+    assert left == pytest.approx([0.0] * 3, abs=1e-6) and student.config.intermediate_size == 24
+    with torch.no_grad():
+        assert torch.allclose(student.hidden(PACK), teacher.hidden(PACK), atol=1e-4)
+    for own, other in zip(student.base.base_model.layers, teacher.base.base_model.layers, strict=True):
+        assert torch.equal(own.mlp.gate_proj.weight, other.mlp.gate_proj.weight[1::2])
+
+
+def test_removal_by_worth_leaves_less_than_removal_at_random() -> None:
+    """One layer at a time: a least-squares fit over the chosen neurons against fits over drawn ones."""
+    teacher = Policy(tiny_model("llama"))
+    layer = teacher.base.base_model.layers[0]
+    seen: list[Tensor] = []
+    hook = layer.mlp.register_forward_hook(lambda mlp, x, _: seen.append(mlp.act_fn(mlp.gate_proj(x[0])) * mlp.up_proj(x[0])))
+    with torch.no_grad():
+        _, (state,) = teacher.states(PACK, [0])
+    hook.remove()
+    scale = state.norm(dim=-1, keepdim=True).reciprocal()
+    m = (seen[0][0] * scale).double()
+    y = m @ layer.mlp.down_proj.weight.double().t()
+    (left, *_) = refit(Policy(cut_layers(teacher.base, (0, 1, 2))), teacher, (0, 1, 2), PACK, 1e-4, width=12)
+    rng = torch.Generator().manual_seed(0)
+
+    def at_random() -> float:
+        own = m[:, torch.randperm(48, generator=rng)[:12]]
+        return float((y - own @ torch.linalg.lstsq(own, y).solution).square().sum() / len(y))
+
+    assert left < 0.9 * min(at_random() for _ in range(20))
+
+
+def test_a_narrow_student_is_stored_and_loaded_as_any_model(tmp_path: Path) -> None:
+    teacher = Policy(tiny_model("llama"))
+    student = student_of(teacher)
+    refit(student, teacher, KEPT, PACK, 0.1, width=16)
+    student.base.save_pretrained(tmp_path)
+    again = Policy.load(tmp_path, torch.float32)
+    assert again.config.intermediate_size == 16
+    with torch.no_grad():
+        assert torch.allclose(again.hidden(PACK), student.hidden(PACK), atol=1e-5)

@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from workshop import Shop
 
@@ -16,14 +14,15 @@ from posttrain.contract import Sequence
 from posttrain.data.records import Conversation, Message
 from posttrain.errors import IntegrityError, RecipeError
 from posttrain.policy import LoraOptions, Pack, Policy, cut_layers
+from posttrain.policy.importance import layer_importance, most_important
 from posttrain.stages import Workbench, distill
-from posttrain.stages.distill import DistillOptions, kept_layers
+from posttrain.stages.distill import DistillOptions
 from posttrain.training import Learner, OptimiserOptions
 from tiny_models import stored, tiny_model
 
-OPTIONS = DistillOptions(
-    layers=2, keep_first=1, refit=0.0, batch=4, epochs=8.0, answers=0.125, optimiser=OptimiserOptions(lr=1e-2)
-)
+OPTIONS = DistillOptions(layers=2, refit=0.0, batch=4, epochs=8.0, answers=0.125, optimiser=OptimiserOptions(lr=3e-3))
+
+SOFT = replace(OPTIONS, answers=0.0, alpha=1.0)
 
 
 def taught(shop: Shop) -> list[Sequence]:
@@ -44,47 +43,31 @@ def kl(teacher: Policy, student: Policy, sequences: list[Sequence]) -> float:
     return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
 
 
-def cut(bench: Workbench, options: DistillOptions = OPTIONS) -> Policy:
-    total = bench.policy.config.num_hidden_layers
-    return Policy(cut_layers(bench.policy.base, kept_layers(total, options)))
+def cut(bench: Workbench, sequences: list[Sequence]) -> Policy:
+    importance = layer_importance(bench.policy, Pack.of(sequences))
+    return Policy(cut_layers(bench.policy.base, most_important(importance, OPTIONS.layers)))
 
 
 @pytest.mark.parametrize(
-    ("total", "layers", "first", "kept"),
+    ("options", "message"),
     [
-        (30, 30, 4, tuple(range(30))),
-        (6, 3, 1, (0, 3, 5)),
-        (6, 2, 1, (0, 5)),
-        (8, 4, 0, (1, 3, 5, 7)),
-        (30, 16, 4, (0, 1, 2, 3, 5, 7, 9, 12, 14, 16, 18, 20, 23, 25, 27, 29)),
+        (DistillOptions(layers=4), "cannot keep that many layers"),
+        (DistillOptions(layers=2, width=49), "cannot keep that many neurons"),
+        (DistillOptions(layers=2, width=24, refit=0.0), "chosen by the fit"),
     ],
 )
-def test_the_student_keeps_the_first_layers_and_an_even_spread_that_ends_with_the_last(
-    total: int, layers: int, first: int, kept: tuple[int, ...]
-) -> None:
-    assert kept_layers(total, DistillOptions(layers=layers, keep_first=first)) == kept
-
-
-@given(st.integers(2, 60), st.data())
-def test_kept_layers_rise_strictly_and_are_as_many_as_asked(total: int, data: st.DataObject) -> None:
-    layers = data.draw(st.integers(2, total))
-    first = data.draw(st.integers(0, layers - 1))
-    kept = kept_layers(total, DistillOptions(layers=layers, keep_first=first))
-    assert len(kept) == layers == len(set(kept)) and list(kept) == sorted(kept)
-    assert kept[:first] == tuple(range(first)) and kept[-1] == total - 1 and min(kept) >= 0
-
-
-@pytest.mark.parametrize(("layers", "first"), [(1, 0), (4, 1), (2, 2), (2, 5), (0, 0)])
-def test_an_impossible_number_of_layers_is_a_recipe_error(layers: int, first: int) -> None:
-    with pytest.raises(RecipeError, match="cannot keep that many layers"):
-        kept_layers(3, DistillOptions(layers=layers, keep_first=first))
+def test_a_student_that_the_teacher_cannot_give_is_a_recipe_error(options: DistillOptions, message: str) -> None:
+    config = tiny_model("llama").config
+    assert (config.num_hidden_layers, config.intermediate_size) == (3, 48)
+    with pytest.raises(RecipeError, match=message):
+        distill.check(options, config)
 
 
 def test_the_student_comes_nearer_to_its_teacher_who_does_not_move(shop: Shop) -> None:
     bench = shop.bench()
     sequences = taught(shop)
-    before, locked = kl(bench.policy, cut(bench), sequences), bench.policy.fingerprint
-    student = distill.run(OPTIONS, sequences, bench)
+    before, locked = kl(bench.policy, cut(bench, sequences), sequences), bench.policy.fingerprint
+    student = distill.run(SOFT, sequences, bench)
     bench.policy._fingerprint = None
     assert bench.policy.fingerprint == locked
     assert student.config.num_hidden_layers == 2
@@ -105,7 +88,7 @@ def test_without_an_answers_phase_every_step_learns_distributions(shop: Shop) ->
 def test_the_first_losses_are_the_cut_students_own(shop: Shop) -> None:
     bench = shop.bench()
     sequences = taught(shop)
-    student = cut(bench)
+    student = cut(bench, sequences)
     whole = replace(OPTIONS, batch=8, epochs=1.0)
     with torch.no_grad():
         nll = float(-student.logprobs(Pack.of(sequences)).mean())
@@ -129,9 +112,19 @@ def test_the_loss_does_not_depend_on_how_a_step_is_packed(shop: Shop) -> None:
 def test_a_refitted_student_starts_nearer_to_its_teacher(shop: Shop) -> None:
     bench, sequences = shop.bench(), taught(shop)
     once = replace(OPTIONS, refit=0.01, batch=8, epochs=1.0, answers=0.0, alpha=1.0, optimiser=OptimiserOptions(lr=1e-9))
-    before = kl(bench.policy, cut(bench), sequences)
+    before = kl(bench.policy, cut(bench, sequences), sequences)
     assert kl(bench.policy, distill.run(once, sequences, bench), sequences) < 0.5 * before
     assert [phase for phase, _, _ in shop.notes.lines] == ["refit", "train"]
+
+
+def test_a_narrow_student_starts_near_its_teacher_and_learns(shop: Shop) -> None:
+    bench, sequences = shop.bench(), taught(shop)
+    width = bench.policy.config.intermediate_size // 4
+    options = replace(OPTIONS, layers=3, width=width, refit=0.01, answers=0.0, alpha=1.0, optimiser=OptimiserOptions(lr=1e-3))
+    student = distill.run(options, sequences, bench)
+    losses = shop.notes.of("kl_sum")
+    assert student.config.intermediate_size == width and student.config.num_hidden_layers == 3
+    assert sum(losses[-4:]) < sum(losses[:4])
 
 
 def test_a_student_that_keeps_every_layer_starts_with_nothing_to_learn_from_its_teacher(shop: Shop) -> None:
@@ -160,8 +153,8 @@ def test_a_bfloat16_student_learns_too(shop: Shop) -> None:
     bench = shop.bench()
     teacher = Policy(stored(tiny_model(vocabulary=shop.contract.vocabulary_size), torch.bfloat16))
     bench, sequences = replace(bench, policy=teacher), taught(shop)
-    before = kl(teacher, cut(bench), sequences)
-    student = distill.run(OPTIONS, sequences, bench)
+    before = kl(teacher, cut(bench, sequences), sequences)
+    student = distill.run(SOFT, sequences, bench)
     assert student.dtype == torch.bfloat16 and kl(teacher, student, sequences) < before * 0.7
 
 
@@ -201,7 +194,7 @@ def test_the_teachers_adapters_are_left_out_of_the_students_weights_and_teach_if
     for parameter in bench.policy.adapter_parameters("main").values():
         parameter.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
     sequences = taught(shop)
-    start = kl(bench.policy, cut(bench), sequences)
+    start = kl(bench.policy, cut(bench, sequences), sequences)
     student = distill.run(OPTIONS, sequences, bench)
     assert not any("lora" in name for name, _ in student.base.named_parameters())
     assert kl(bench.policy, student, sequences) < start * 0.7

@@ -15,7 +15,8 @@ from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.policy.base import free_bytes, resolve_base
 from posttrain.recipe import Recipe, StageRecipe, stage_options
-from posttrain.stages.distill import DistillOptions, kept_layers
+from posttrain.stages.distill import DistillOptions
+from posttrain.stages.distill import check as check_student
 from posttrain.stages.reason import ReasonOptions, check_tasks
 from posttrain.training import team
 
@@ -42,14 +43,14 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
 
 
 def check_depth(recipe: Recipe, base: Path) -> None:
-    """Raise RecipeError when a student would keep more layers than the base has. (Its teacher, a student itself, may have fewer.)"""
+    """Raise RecipeError when a student would keep more than the base has. (Its teacher, a student itself, may have less.)"""
     from transformers import AutoConfig
 
-    depth = int(AutoConfig.from_pretrained(base).get_text_config().num_hidden_layers)
+    config = AutoConfig.from_pretrained(base)
     for stage in recipe.stages:
         options = stage_options(stage)
         if isinstance(options, DistillOptions):
-            kept_layers(depth, options, where=f"stages.{stage.name}.options.layers")
+            check_student(options, config, where=f"stages.{stage.name}.options")
 
 
 def check_sharding(recipe: Recipe) -> None:

@@ -5,6 +5,9 @@ behind it. Most of that work is linear in what the layer's MLP already computes:
 teacher's states y [T, H] given, the down projection that meets them best has a closed form. After Shopkhoev et al. 2025 (ReplaceMe,
 section 3.2), with the whole down projection solved for instead of one [H, H] transform behind it, and each layer fitted on the
 states that the layers before it, already refitted, really give.
+
+The same sums say which of the MLP's neurons can go: without neuron i the fit loses |w_i|^2 / [(G + lambda)^-1]_ii (Hassibi & Stork 1993,
+Optimal Brain Surgeon, eq. 5), G = m^T m. Attention copies references and cannot be cut so far; MLPs are three quarters of the weights.
 """
 
 from __future__ import annotations
@@ -13,43 +16,52 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 
 _BLOCK = 2048  # tokens
+_ROUNDS = 8  # neurons are removed in so many rounds: each changes what the others are worth
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @torch.no_grad()
-def refit(student: Policy, teacher: Policy, kept: Sequence[int], pack: Pack, ridge: float) -> list[float]:
-    """Refit the down projections of `student` (its layers are the teacher's layers `kept`) to the teacher's states on `pack`.
+def refit(
+    student: Policy, teacher: Policy, kept: Sequence[int], pack: Pack, ridge: float, width: int | None = None
+) -> list[float]:
+    """Refit the down projections of `student` (its layers are the teacher's layers `kept`) to the teacher's states on `pack`, and leave
+    `width` neurons in each MLP (None: all of them).
 
     min over W of sum_t |y_t - W m_t|^2 / |h_t|^2 + ridge * mean(m^2 / |h|^2) * T * |W - W_0|^2, where h_t is the teacher's state after
-    the layer, y_t what the MLP has to add to meet it, and W_0 the layer's own projection. A layer that stands where it stood in the
-    teacher is left alone. Returns the remaining sum |y - W m|^2 / |h|^2 / T of each refitted layer.
+    the layer (for the student's last one: after the teacher's last), y_t what the MLP has to add to meet it, and W_0 the layer's own
+    projection. A layer that keeps its width and stands where it stood in the teacher is left alone. Returns the remaining
+    sum |y - W m|^2 / |h|^2 / T of each refitted layer.
     Raises BaseModelError for an architecture whose layers do not add a gated MLP's output to the residual stream as it is.
     """
     layers = student.base.base_model.layers
-    moved = [place for place, layer in enumerate(kept) if layer != place]
-    for place in moved:
+    reach = [*kept[:-1], len(teacher.base.base_model.layers) - 1]  # the teacher's layer that each one has to meet
+    fitted = [place for place, layer in enumerate(reach) if layer != place or width is not None]
+    for place in fitted:
         _check(layers[place])
-    _, targets = teacher.states(pack, [kept[place] for place in moved])
+    _, targets = teacher.states(pack, [reach[place] for place in fitted])
     left: list[float] = []
-    hooks = [_install(layers[place], target, ridge, left) for place, target in zip(moved, targets, strict=True)]
+    hooks = [_install(layers[place], target, ridge, width, left) for place, target in zip(fitted, targets, strict=True)]
     try:
         student.hidden(pack)
     finally:
         for pair in hooks:
             for hook in pair:
                 hook.remove()
+    if width is not None:
+        student.base.config.get_text_config().intermediate_size = width
     return left
 
 
 def _check(layer: Any) -> None:
     mlp = getattr(layer, "mlp", None)
-    gated = all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    gated = all(hasattr(mlp, name) for name in (*_MLP, "act_fn"))
     if not gated or hasattr(layer, "post_feedforward_layernorm"):
         raise BaseModelError(
             "this architecture's layers cannot be refitted",
@@ -59,31 +71,37 @@ def _check(layer: Any) -> None:
         )
 
 
-def _install(layer: Any, target: Tensor, ridge: float, left: list[float]) -> tuple[Any, Any]:
+def _install(layer: Any, target: Tensor, ridge: float, width: int | None, left: list[float]) -> tuple[Any, Any]:
     """Hooks that refit the layer as the forward pass reaches it and pass on what it then computes."""
     seen: dict[str, Tensor] = {}
 
     def mlp_hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen["input"], seen["output"] = inputs[0][0], output[0]
+        seen["input"] = inputs[0][0]
 
     def layer_hook(module: Any, inputs: object, output: Any) -> Any:
         state = output[0] if isinstance(output, tuple) else output
-        change, remaining = _solve(layer.mlp, seen["input"], state[0], target, ridge)
+        neurons, change, remaining = _solve(layer.mlp, seen["input"], state[0], target, ridge, width)
         left.append(remaining)
-        layer.mlp.down_proj.weight += change.to(layer.mlp.down_proj.weight.dtype)
         better = state.clone()
         for block in _blocks(len(target)):
             better[0, block] += (_inner(layer.mlp, seen["input"][block]).float() @ change.t()).to(state.dtype)
+        layer.mlp.down_proj.weight += change.to(layer.mlp.down_proj.weight.dtype)
+        if len(neurons) < change.shape[1]:
+            _narrow(layer.mlp, neurons.to(change.device))
         seen.clear()
         return (better, *output[1:]) if isinstance(output, tuple) else better
 
     return layer.mlp.register_forward_hook(mlp_hook), layer.register_forward_hook(layer_hook)
 
 
-def _solve(mlp: Any, inputs: Tensor, state: Tensor, target: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """The change of the down projection [H, I] float32, and the relative squared error that remains."""
-    width, inner = mlp.down_proj.weight.shape
-    gram, cross = torch.zeros(inner, inner), torch.zeros(inner, width)
+def _solve(
+    mlp: Any, inputs: Tensor, state: Tensor, target: Tensor, ridge: float, width: int | None
+) -> tuple[Tensor, Tensor, float]:
+    """The neurons to keep [width], the change of the down projection [H, I] float32 (that of the others takes them away), and the
+    relative squared error that remains."""
+    own = mlp.down_proj.weight.float().t().cpu()  # [I, H]
+    inner = len(own)
+    gram, cross = torch.zeros(inner, inner), torch.zeros_like(own)
     error = 0.0
     for block in _blocks(len(target)):
         scale = target[block].float().norm(dim=-1, keepdim=True).reciprocal()
@@ -92,10 +110,40 @@ def _solve(mlp: Any, inputs: Tensor, state: Tensor, target: Tensor, ridge: float
         gram += (m.t() @ m).cpu()
         cross += (m.t() @ miss).cpu()
         error += float(miss.square().sum())
-    gram_ridge = gram + ridge * gram.diagonal().mean() * torch.eye(inner)
-    change = torch.linalg.solve(gram_ridge, cross)
+    pull = ridge * gram.diagonal().mean()
+    wanted = cross + gram @ own + pull * own  # y = miss + W_0 m
+    gram_ridge = gram + pull * torch.eye(inner)
+    neurons = torch.arange(inner) if width is None else _worth_most(gram_ridge, wanted, width)
+    change = -own
+    change[neurons] += torch.linalg.solve(gram_ridge[neurons][:, neurons], wanted[neurons])
     error += float((change * (gram @ change)).sum()) - 2 * float((change * cross).sum())
-    return change.t().to(state.device), error / len(target)
+    return neurons, change.t().to(state.device), error / len(target)
+
+
+def _worth_most(gram: Tensor, wanted: Tensor, width: int) -> Tensor:
+    """The `width` neurons that remain when those whose loss costs the fit least go, round by round."""
+    inner = len(gram)
+    neurons = torch.arange(inner)
+    for turn in range(1, _ROUNDS + 1):
+        inverse = torch.linalg.inv(gram[neurons][:, neurons])
+        worth = (inverse @ wanted[neurons]).square().sum(1) / inverse.diagonal()
+        count = inner - (inner - width) * turn // _ROUNDS
+        neurons = neurons[worth.topk(count).indices.sort().values]
+    return neurons
+
+
+def _narrow(mlp: Any, neurons: Tensor) -> None:
+    for name in _MLP:
+        layer = getattr(mlp, name)
+        axis = 1 if name == "down_proj" else 0
+        layer.weight = _like(layer.weight, layer.weight.index_select(axis, neurons))
+        if axis == 0 and layer.bias is not None:
+            layer.bias = _like(layer.bias, layer.bias[neurons])
+    mlp.gate_proj.out_features = mlp.up_proj.out_features = mlp.down_proj.in_features = len(neurons)
+
+
+def _like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.contiguous(), requires_grad=parameter.requires_grad)
 
 
 def _inner(mlp: Any, x: Tensor) -> Tensor:

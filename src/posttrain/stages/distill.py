@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,25 +18,29 @@ from posttrain.contract import Sequence as Rendered
 from posttrain.errors import IntegrityError, RecipeError
 from posttrain.objectives.distill import hinton_tokens, reduce_tokens
 from posttrain.objectives.tensors import Metrics
+from posttrain.policy.importance import layer_importance, most_important
 from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.policy.refit import refit
 from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
-from posttrain.ranges import Count, NonNegative, Positive, Share, Whole
+from posttrain.ranges import Count, NonNegative, Positive, Share
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
 from posttrain.stages.sft import SftObjective
 from posttrain.training import Learner, OptimiserOptions, Scored
 
+_JUDGED = 8  # records on which the layers are judged: each costs a pass for every layer
+
 
 @dataclass(frozen=True, slots=True)
 class DistillOptions:
-    """layers: how many of the teacher's layers the student keeps, the first `keep_first` and the rest spread evenly to the last;
-    refit: ridge of the least-squares fit of the kept layers to the teacher's states on all records (see `policy.refit`; 0: not done);
+    """layers: how many of the teacher's layers the student keeps: those that its answers need most (`policy.importance`);
+    width: neurons that each layer's MLP keeps (null: all); refit: ridge of the least-squares fit of what is kept to the teacher's states
+    on all records (see `policy.refit`; 0: not done, which a width does not allow);
     answers: share of the steps that learn the teacher's answers (sequence-level KD, Kim & Rush 2016) before the distributions;
     alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015)."""
 
     layers: Annotated[int, Field(ge=2)] = 16
-    keep_first: Whole = 1
+    width: Annotated[int, Field(ge=1)] | None = None
     refit: NonNegative = 0.1
     batch: Count = 16
     epochs: Positive = 1.0
@@ -46,18 +50,32 @@ class DistillOptions:
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=5e-4))
 
 
-def kept_layers(total: int, options: DistillOptions, where: str = "distill.layers") -> tuple[int, ...]:
-    """Indices of the teacher's layers in the student: the first ones, then evenly spaced ones that end with the last."""
-    if not 2 <= options.layers <= total or not 0 <= options.keep_first < options.layers:
+def check(options: DistillOptions, config: Any, where: str = "distill") -> None:
+    """Refuse a student that the teacher of this configuration cannot give. Raises RecipeError."""
+    text = config.get_text_config()
+    if options.layers > text.num_hidden_layers:
         raise RecipeError(
             "the student cannot keep that many layers",
-            where=where,
+            where=f"{where}.layers",
             value=options.layers,
-            remedy=f"choose 2 to {total}, more than keep_first",
+            remedy=f"choose 2 to {text.num_hidden_layers}",
         )
-    rest = options.layers - options.keep_first
-    spread = [round(options.keep_first + (i + 1) * (total - options.keep_first) / rest) - 1 for i in range(rest)]
-    return (*range(options.keep_first), *spread)
+    if options.width is None:
+        return
+    if options.width > text.intermediate_size:
+        raise RecipeError(
+            "the student's MLPs cannot keep that many neurons",
+            where=f"{where}.width",
+            value=options.width,
+            remedy=f"choose 1 to {text.intermediate_size}, or null for all",
+        )
+    if options.refit == 0:
+        raise RecipeError(
+            "neurons are chosen by the fit, which is not done",
+            where=f"{where}.refit",
+            value=0,
+            remedy="set refit to 0.1, or width to null",
+        )
 
 
 def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -> Policy:
@@ -65,12 +83,13 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     teacher = bench.policy
     teacher.forget_inference()  # its own answers are drawn; from here it gives distributions
     locked = fingerprint(teacher.base)
-    kept = kept_layers(teacher.config.num_hidden_layers, options)
+    check(options, teacher.config)
+    kept = _kept(options, teacher, taught)
     student = Policy(cut_layers(teacher.base, kept))
     student.recompute = teacher.recompute
     if options.refit > 0:
         (pack,) = fill_packs(taught, sum(len(sequence) for sequence in taught))
-        distances = refit(student, teacher, kept, pack, options.refit)
+        distances = refit(student, teacher, kept, pack, options.refit, options.width)
         bench.log("refit", -1, 1, {"state_distance": sum(distances) / max(1, len(distances))})
     embedding = student.base.get_input_embeddings().weight
     trained = {name: p for name, p in base_parameters(student.base).items() if p is not embedding}
@@ -91,6 +110,12 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
             "the teacher changed while it taught", where="distill", remedy="this is a defect: report it with the run folder"
         )
     return student
+
+
+def _kept(options: DistillOptions, teacher: Policy, taught: Sequence[Rendered]) -> tuple[int, ...]:
+    few = taught[:: max(1, len(taught) // _JUDGED)][:_JUDGED]
+    (pack,) = fill_packs(few, sum(len(sequence) for sequence in few))
+    return most_important(layer_importance(teacher, pack), options.layers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,57 @@
+"""Which layers a model can do without: against a plain model that lacks the layer, and the choice among them."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posttrain.policy import Pack, Policy, cut_layers
+from posttrain.policy.importance import layer_importance, most_important
+from tiny_models import random_ids, sequence, tiny_model
+
+RNG = random.Random(5)
+PACK = Pack.of([sequence(ids, [3, len(ids) - 1]) for ids in (random_ids(12, RNG) for _ in range(4))])
+
+
+@torch.no_grad()
+def divergence(policy: Policy, other: Policy) -> float:
+    """KL(policy || other) over plain full logits."""
+    logs = [p.head.logits(p.hidden(PACK)[PACK.rows]).log_softmax(-1) for p in (policy, other)]
+    return float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_layers_importance_is_the_divergence_of_the_model_that_lacks_it(family: str) -> None:
+    policy = Policy(tiny_model(family))
+    found = layer_importance(policy, PACK)
+    without = [Policy(cut_layers(policy.base, keep)) for keep in ((1, 2), (0, 2), (0, 1))]
+    assert found == pytest.approx([divergence(policy, student) for student in without], rel=1e-3)
+    assert not any(layer._forward_hooks for layer in policy.base.base_model.layers)
+
+
+def test_a_layer_that_adds_nothing_is_the_first_to_go() -> None:
+    policy = Policy(tiny_model())
+    layer = policy.base.base_model.layers[1]
+    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        projection.weight.data.zero_()
+    found = layer_importance(policy, PACK)
+    assert found[1] == pytest.approx(0.0, abs=1e-6) and min(found[0], found[2]) > 1e-4
+    assert most_important(found, 2) == (0, 2)
+
+
+def test_neighbours_go_together_only_when_nothing_else_is_left() -> None:
+    importance = [9.0, 0.1, 0.2, 0.3, 5.0, 0.4]
+    assert most_important(importance, 4) == (0, 2, 4, 5)  # 1 and 3; 2 stands between them
+    assert most_important(importance, 3) == (0, 2, 4)  # and 5
+    assert most_important(importance, 2) == (0, 4)  # now 2 as well
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=40), st.data())
+def test_as_many_layers_as_asked_stay_in_their_order(importance: list[float], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(importance)))
+    kept = most_important(importance, count)
+    assert len(kept) == count and list(kept) == sorted(set(kept)) and set(kept) <= set(range(len(importance)))
