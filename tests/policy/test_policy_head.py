@@ -114,6 +114,40 @@ def test_a_function_of_logits_and_aligned_tensors_runs_in_chunks() -> None:
     assert torch.autograd.grad(got.sum(), hidden)[0].any()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_gradient_of_a_function_in_chunks_is_that_of_the_whole(name: str) -> None:
+    """Entropy against another distribution and a target, as distillation has them; zero upstream rows stay zero."""
+    it = VARIANTS[name]
+    hidden, targets = rows()
+    other = torch.randn(len(targets), 16, generator=torch.Generator().manual_seed(3))
+    upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(2))
+    upstream[4] = 0.0
+
+    def crossed(own: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        log_p = it.logits(own).log_softmax(-1)
+        return -(it.logits(teacher).softmax(-1) * log_p).sum(-1) - log_p.gather(1, target[:, None])[:, 0]
+
+    got = it.chunked(crossed, hidden, other, targets, chunk=6)
+    want = crossed(hidden, other, targets)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    (got_grad,) = torch.autograd.grad(got, hidden, upstream)
+    (want_grad,) = torch.autograd.grad(want, hidden, upstream)
+    torch.testing.assert_close(got_grad, want_grad, atol=1e-4, rtol=0)
+    assert not got_grad[4].any()
+
+
+def test_each_chunk_of_logits_is_computed_once() -> None:
+    it, calls = head(cap=3.0), []
+    hidden, targets = rows()
+
+    def counted(own: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(own))
+        return it.logits(own).gather(1, target[:, None])[:, 0]
+
+    it.chunked(counted, hidden, targets, chunk=10).sum().backward()
+    assert calls == [10, 10, 3]
+
+
 def test_the_head_of_a_model_with_soft_capped_logits_gives_that_models_log_probabilities() -> None:
     capped = {"final_logit_softcapping": 2.0}
     policy, model = Policy(tiny_model("gemma3", **capped)), tiny_model("gemma3", **capped)

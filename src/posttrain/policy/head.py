@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,15 +39,18 @@ class Head:
         return out if self.cap is None else self.cap * torch.tanh(out / self.cap)
 
     def chunked(self, function: Callable[..., Tensor], hidden: Tensor, *aligned: Tensor, chunk: int) -> Tensor:
-        """function(hidden_chunk, *aligned_chunks) -> [n] over all rows. The backward pass recomputes a chunk's logits instead of
-        keeping them, so peak memory is one chunk whatever the number of tokens."""
-        parts = []
-        for start in range(0, len(hidden), chunk):
-            pieces = [tensor[start : start + chunk] for tensor in (hidden, *aligned)]
-            if torch.is_grad_enabled() and hidden.requires_grad:
-                parts.append(checkpoint(function, *pieces, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(function(*pieces))
+        """function(hidden_chunk, *aligned_chunks) -> [n] over all rows; a row's value may depend on that row alone. Peak memory is one
+        chunk's whatever the number of tokens: its gradient is formed while its logits are there, or, where the head itself or
+        something aligned is trained, the backward pass computes the logits again."""
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            parts = [function(*pieces) for pieces in _pieces(chunk, hidden, *aligned)]
+        elif any(tensor is not None and tensor.requires_grad for tensor in (self.weight, self.bias, *aligned)):
+            parts = [
+                checkpoint(function, *pieces, use_reentrant=False, preserve_rng_state=False)
+                for pieces in _pieces(chunk, hidden, *aligned)
+            ]
+        else:
+            return _RowByRow.apply(hidden, function, chunk, *aligned)  # type: ignore[no-untyped-call, no-any-return]
         return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
     def logprobs(self, hidden: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
@@ -62,34 +65,61 @@ class Head:
         return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
 
 
-class _PlainLogprobs(torch.autograd.Function):
-    """The common head (no bias, scale or cap; frozen W) with its gradient written out: d/dh = g (W[target] - sum_v p_v W_v).
+def _pieces(chunk: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
+    for start in range(0, len(tensors[0]), chunk):
+        yield [tensor[start : start + chunk] for tensor in tensors]
 
-    Same numbers as the checkpointed path, fewer passes over the [chunk, V] logits, which are most of the head's time.
-    """
+
+class _RowByRow(torch.autograd.Function):
+    """Values [n] of a function whose row i reads row i of `hidden` only. The gradient of each value is then known as soon as the value is,
+    whatever the objective makes of it later: it is formed in the forward pass while the chunk's logits are there (Hsu 2024, Liger
+    Kernel, section 3.2), and the backward pass is one product with a number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, function: Callable[..., Tensor], chunk: int, *aligned: Tensor) -> Tensor:
+        values, slopes = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, hidden.shape[-1])]
+        for own, *others in _pieces(chunk, hidden, *aligned):
+            with torch.enable_grad():
+                leaf = own.detach().requires_grad_()
+                value = function(leaf, *others)
+                (slope,) = torch.autograd.grad(value.sum(), leaf)
+            values.append(value.detach())
+            slopes.append(slope)
+        ctx.save_for_backward(torch.cat(slopes))
+        ctx.rest = 2 + len(aligned)
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(ctx.saved_tensors[0], gradients[0]), *[None] * ctx.rest
+
+
+def _scaled(slopes: Tensor, upstream: Tensor) -> Tensor:
+    return (slopes * upstream[:, None]).to(slopes.dtype)
+
+
+class _PlainLogprobs(torch.autograd.Function):
+    """The common head (no bias, scale or cap; frozen W) as `_RowByRow` has it, with the gradient written out: d/dh = W[target] - sum_v
+    p_v W_v. Same numbers, fewer passes over the [chunk, V] logits, which are most of the head's time beside its two products."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        values, normalisers = [], []
+        values = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden), chunk):
-            logits = torch.nn.functional.linear(hidden[start : start + chunk], weight).float()
+            rows = slice(start, start + chunk)
+            wanted = targets[rows, None]
+            logits = torch.nn.functional.linear(hidden[rows], weight).float()
             normaliser = torch.logsumexp(logits, dim=-1)
-            values.append(logits.gather(1, targets[start : start + chunk, None])[:, 0] - normaliser)
-            normalisers.append(normaliser)
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers) if normalisers else empty)
-        ctx.chunk = chunk
-        return torch.cat(values) if values else empty
+            values[rows] = logits.gather(1, wanted)[:, 0] - normaliser
+            if slopes is not None:
+                onehot_less_p = logits.sub_(normaliser[:, None]).exp_().neg_()  # small where p is near 1: no cancellation later
+                onehot_less_p.scatter_add_(1, wanted, torch.ones_like(wanted, dtype=torch.float32))
+                slopes[rows] = onehot_less_p.to(weight.dtype) @ weight
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return values
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        hidden, weight, targets, normalisers = ctx.saved_tensors
-        grad = gradients[0]
-        out = torch.empty_like(hidden)
-        for start in range(0, len(hidden), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            p = torch.nn.functional.linear(hidden[rows], weight).float()
-            p.sub_(normalisers[rows, None]).exp_().mul_(-grad[rows, None])
-            p.scatter_add_(1, targets[rows, None], grad[rows, None])
-            out[rows] = p.to(weight.dtype) @ weight
-        return out, None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled(ctx.saved_tensors[0], gradients[0]), None, None, None
