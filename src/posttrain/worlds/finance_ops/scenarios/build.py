@@ -323,12 +323,12 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
     Shape.TOOL_TRAJECTORY: (
-        (tool_call, 0.45),
-        (tool_lookup, 0.23),
+        (tool_call, 0.54),
+        (tool_lookup, 0.26),
         (missing_document, 0.04),
-        (two_calls, 0.02),
-        (reconcile_task, 0.20),
-        (reconcile_closed, 0.06),
+        (two_calls, 0.03),
+        (reconcile_task, 0.10),  # enough to begin with: stage 5 learns the rest from what its verifier passes
+        (reconcile_closed, 0.03),
     ),
     Shape.SAFETY_STYLE: ((high_risk, 0.52), (benign_call, 0.30), (benign, 0.10), (denied_transfer, 0.08)),
 }
