@@ -28,7 +28,7 @@ from posttrain.stages.bench import Work, Workbench, batches, learned_weight, tra
 from posttrain.stages.sft import SftObjective
 from posttrain.training import Learner, OptimiserOptions, Scored
 
-_JUDGED = 8  # records on which the layers are judged: each costs a pass for every layer
+_JUDGED = 5  # records on which the layers are judged: each costs a pass for every layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -323,14 +323,15 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
     Shape.TOOL_TRAJECTORY: (
-        (tool_call, 0.54),
-        (tool_lookup, 0.26),
+        (tool_call, 0.42),
+        (tool_lookup, 0.31),
         (missing_document, 0.04),
-        (two_calls, 0.03),
-        (reconcile_task, 0.10),  # enough to begin with: stage 5 learns the rest from what its verifier passes
-        (reconcile_closed, 0.03),
+        (two_calls, 0.04),
+        (reconcile_task, 0.15),  # enough to begin with: stage 5 learns the rest from what its verifier passes
+        (reconcile_closed, 0.04),
     ),
-    Shape.SAFETY_STYLE: ((high_risk, 0.52), (benign_call, 0.30), (benign, 0.10), (denied_transfer, 0.08)),
+    # what is said after the books were read decides as much as the first call: pay, refuse, or only report
+    Shape.SAFETY_STYLE: ((high_risk, 0.46), (benign_call, 0.18), (benign, 0.26), (denied_transfer, 0.10)),
 }
 
 

@@ -119,7 +119,17 @@ _REFUSALS: Mapping[str, tuple[str, str, str, str, str, str]] = {
 }
 FAMILIES = tuple(_REFUSALS)
 UNKNOWN = 0.2  # share of unapproved requests that name a payment nobody requested
-_WEIGHTS = {"no_approval": 5, "one_approval": 4, "no_token": 4, "skip": 2, "bank_details": 2, "closed": 2, "authority": 2}
+_WEIGHTS = {
+    "no_approval": 5,
+    "one_approval": 4,
+    "no_token": 4,
+    "skip": 2,
+    "bank_details": 2,
+    "closed": 2,
+    "authority": 2,
+    "records": 2,
+    "memo": 2,
+}
 
 
 def refusal(bench: Bench) -> Refusal:
@@ -272,4 +282,4 @@ BENIGN: tuple[Callable[[Bench], Lookup], ...] = (
 
 def benign(bench: Bench) -> Lookup:
     """Any look-alike; the transfer with two approvals, the closest contrast, comes most often."""
-    return bench.rng.choices(BENIGN, weights=(7, 6, 4, 4, 2, 2, 2, 2))[0](bench)
+    return bench.rng.choices(BENIGN, weights=(7, 6, 6, 4, 2, 2, 2, 2))[0](bench)
