@@ -83,7 +83,7 @@ class FinanceOps:
         return drawn
 
     def preferences(self, *, n: int, split: str, seed: int) -> list[Preference]:
-        """`n` pairs: half on advice (evidence and ordered actions against vague or disordered ones), half on calls and refusals."""
+        """`n` pairs: two fifths on advice (evidence and ordered actions against vague ones), the rest on calls and refusals."""
         pairs = []
         for index, bench in enumerate(_benches("preferences", n, split, seed, None, style=None)):
             found, better, worse = preference(bench, index)

@@ -1,7 +1,7 @@
 """Preference pairs: two continuations of one request, of which people prefer the first.
 
-Half are about advice: evidence and ordered actions against vague or disordered ones. The others are about what an assistant with tools
-gets wrong most: guessing instead of looking up, refusing what is harmless, doing what must be refused, booking the wrong way round.
+Two fifths are about advice: evidence and ordered actions against vague or disordered ones. The others are about what an assistant with
+tools gets wrong most: guessing instead of looking up, refusing what is harmless, doing what must be refused, booking the wrong way round.
 They are also the leash of this stage: a policy that learned from advice alone forgets its calls.
 """
 
@@ -81,9 +81,9 @@ def _book(bench: Bench, index: int) -> Pair:
     return found, found.gold[0], replace(found.gold[0], tool_calls=(turned,))
 
 
-# two that help for each that holds: with as many, harmless requests were refused more often
+# as many that hold as that help: where help came twice as often, high-risk requests were refused less (docs/log.md, road I)
 _IN_TURN: tuple[Callable[[Bench, int], Pair], ...] = (
-    _advice, _hold, _advice, _help, _advice, _book, _advice, _look_up, _advice, _help
+    _advice, _hold, _advice, _help, _advice, _book, _hold, _advice, _look_up, _help
 )  # fmt: skip
 
 
