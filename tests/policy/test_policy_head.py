@@ -136,6 +136,27 @@ def test_the_gradient_of_a_function_in_chunks_is_that_of_the_whole(name: str) ->
     assert not got_grad[4].any()
 
 
+def test_something_aligned_that_is_trained_gets_its_gradient_too() -> None:
+    it = head()
+    hidden, _ = rows()
+    scales = torch.linspace(0.5, 1.5, len(hidden), requires_grad=True)
+
+    def scaled(own: Tensor, scale: Tensor) -> Tensor:
+        return it.logits(own).logsumexp(-1) * scale
+
+    got = torch.autograd.grad(it.chunked(scaled, hidden, scales, chunk=6).sum(), (hidden, scales))
+    want = torch.autograd.grad(scaled(hidden, scales).sum(), (hidden, scales))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    hidden, targets = rows()
+    (slope,) = torch.autograd.grad(head(cap=3.0).logprobs(hidden, targets, 8).sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        slope.sum().backward()
+
+
 def test_each_chunk_of_logits_is_computed_once() -> None:
     it, calls = head(cap=3.0), []
     hidden, targets = rows()

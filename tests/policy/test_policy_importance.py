@@ -50,6 +50,11 @@ def test_neighbours_go_together_only_when_nothing_else_is_left() -> None:
     assert most_important(importance, 2) == (0, 4)  # now 2 as well
 
 
+def test_a_dear_layer_stays_though_cheap_neighbours_must_go_together() -> None:
+    assert most_important([0.1, 0.1, 0.1, 0.1, 5.0, 5.0, 9.0], 4) == (3, 4, 5, 6)
+    assert most_important([9.0, 0.1, 0.1, 0.1, 0.15, 9.0], 4) == (0, 2, 4, 5)
+
+
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=40), st.data())
 def test_as_many_layers_as_asked_stay_in_their_order(importance: list[float], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(importance)))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain.errors import BaseModelError
 from posttrain.policy import Pack, Policy, cut_layers
-from posttrain.policy.refit import refit
+from posttrain.policy.refit import check_refit, refit
 from tiny_models import random_ids, sequence, tiny_model
 
 RNG = random.Random(3)
@@ -75,6 +75,21 @@ def test_layers_that_norm_what_the_mlp_adds_are_refused_by_name() -> None:
     teacher = Policy(tiny_model("gemma3"))
     with pytest.raises(BaseModelError, match="cannot be refitted"):
         refit(student_of(teacher), teacher, KEPT, PACK, 0.1)
+
+
+def test_layers_that_scale_what_the_mlp_adds_and_policies_that_run_row_by_row_are_refused_too() -> None:
+    scaled, apart = Policy(tiny_model("llama")), Policy(tiny_model("llama"))
+    scaled.base.base_model.layers[0].residual_multiplier = 0.22  # as Granite's layers have it
+    apart.packs = False
+    for policy in (scaled, apart):
+        with pytest.raises(BaseModelError, match="cannot be refitted"):
+            check_refit(policy)
+
+
+def test_the_width_that_is_there_already_leaves_layers_in_their_place_alone() -> None:
+    teacher = Policy(tiny_model("llama"))
+    student = Policy(cut_layers(teacher.base, (0, 1, 2)))
+    assert refit(student, teacher, (0, 1, 2), PACK, 0.1, width=48) == []
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

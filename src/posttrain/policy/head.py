@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -39,9 +40,9 @@ class Head:
         return out if self.cap is None else self.cap * torch.tanh(out / self.cap)
 
     def chunked(self, function: Callable[..., Tensor], hidden: Tensor, *aligned: Tensor, chunk: int) -> Tensor:
-        """function(hidden_chunk, *aligned_chunks) -> [n] over all rows; a row's value may depend on that row alone. Peak memory is one
-        chunk's whatever the number of tokens: its gradient is formed while its logits are there, or, where the head itself or
-        something aligned is trained, the backward pass computes the logits again."""
+        """function(hidden_chunk, *aligned_chunks) -> [n] over all rows; a row's value may depend on that row alone, and what the function
+        closes over is frozen. Peak memory is one chunk's whatever the number of tokens: its gradient is formed while its logits are
+        there, or, where the head itself or something aligned is trained, the backward pass computes the logits again."""
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             parts = [function(*pieces) for pieces in _pieces(chunk, hidden, *aligned)]
         elif any(tensor is not None and tensor.requires_grad for tensor in (self.weight, self.bias, *aligned)):
@@ -56,7 +57,8 @@ class Head:
     def logprobs(self, hidden: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
         """log softmax(logits(hidden))[target]: [N, hidden], [N] -> [N] float32."""
         if self.bias is None and self.scale == 1.0 and self.cap is None and not self.weight.requires_grad:
-            out: Tensor = _PlainLogprobs.apply(hidden, self.weight, targets, chunk)  # type: ignore[no-untyped-call]
+            learning = torch.is_grad_enabled() and hidden.requires_grad
+            out: Tensor = _PlainLogprobs.apply(hidden, self.weight, targets, chunk, learning)  # type: ignore[no-untyped-call]
             return out
         return self.chunked(self._token_logprobs, hidden, targets, chunk=chunk)
 
@@ -90,6 +92,7 @@ class _RowByRow(torch.autograd.Function):
         return torch.cat(values)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return _scaled(ctx.saved_tensors[0], gradients[0]), *[None] * ctx.rest
 
@@ -103,9 +106,9 @@ class _PlainLogprobs(torch.autograd.Function):
     p_v W_v. Same numbers, fewer passes over the [chunk, V] logits, which are most of the head's time beside its two products."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, learning: bool) -> Tensor:
         values = hidden.new_empty(len(hidden), dtype=torch.float32)
-        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        slopes = torch.empty_like(hidden) if learning else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             wanted = targets[rows, None]
@@ -121,5 +124,6 @@ class _PlainLogprobs(torch.autograd.Function):
         return values
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx.saved_tensors[0], gradients[0]), None, None, None
+        return _scaled(ctx.saved_tensors[0], gradients[0]), None, None, None, None

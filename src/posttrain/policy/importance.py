@@ -38,17 +38,26 @@ def layer_importance(policy: Policy, pack: Pack) -> list[float]:
     return found
 
 
+_DEARER = (
+    2.0  # what a layer may cost beyond the dearest of the cheapest ones, and still go instead of a neighbour of one that goes
+)
+
+
 def most_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
     """The `count` layers to keep, rising: those that cost least go, first where both neighbours stay, since two layers that
-    follow each other can stand in for one another but not both be missed."""
-    gone: set[int] = set()
+    follow each other can stand in for one another but not both be missed. No layer goes for its neighbours' sake that costs more than
+    twice what the dearest would if cost alone decided."""
     by_cost = sorted(range(len(importance)), key=lambda layer: importance[layer])
+    surplus = len(importance) - count
+    gone: set[int] = set()
+    bound = _DEARER * importance[by_cost[surplus - 1]] if surplus else 0.0
     for apart in (True, False):
         for layer in by_cost:
-            if len(gone) == len(importance) - count:
+            if len(gone) == surplus:
                 break
-            if layer not in gone and not (apart and {layer - 1, layer + 1} & gone):
-                gone.add(layer)
+            if layer in gone or (apart and (importance[layer] > bound or {layer - 1, layer + 1} & gone)):
+                continue
+            gone.add(layer)
     return tuple(layer for layer in range(len(importance)) if layer not in gone)
 
 

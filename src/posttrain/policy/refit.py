@@ -40,11 +40,12 @@ def refit(
     sum |y - W m|^2 / |h|^2 / T of each refitted layer.
     Raises BaseModelError for an architecture whose layers do not add a gated MLP's output to the residual stream as it is.
     """
+    check_refit(student)
     layers = student.base.base_model.layers
+    if width == student.base.config.get_text_config().intermediate_size:
+        width = None
     reach = [*kept[:-1], len(teacher.base.base_model.layers) - 1]  # the teacher's layer that each one has to meet
     fitted = [place for place, layer in enumerate(reach) if layer != place or width is not None]
-    for place in fitted:
-        _check(layers[place])
     _, targets = teacher.states(pack, [reach[place] for place in fitted])
     left: list[float] = []
     hooks = [_install(layers[place], target, ridge, width, left) for place, target in zip(fitted, targets, strict=True)]
@@ -59,16 +60,19 @@ def refit(
     return left
 
 
-def _check(layer: Any) -> None:
-    mlp = getattr(layer, "mlp", None)
-    gated = all(hasattr(mlp, name) for name in (*_MLP, "act_fn"))
-    if not gated or hasattr(layer, "post_feedforward_layernorm"):
-        raise BaseModelError(
-            "this architecture's layers cannot be refitted",
-            where="distill.refit",
-            value=type(layer).__name__,
-            remedy="set refit to 0 and give the distillation more steps",
-        )
+def check_refit(policy: Policy) -> None:
+    """Raise BaseModelError for a policy whose layers cannot be refitted."""
+    for layer in policy.base.base_model.layers:
+        mlp = getattr(layer, "mlp", None)
+        gated = all(hasattr(mlp, name) for name in (*_MLP, "act_fn"))
+        plain = not hasattr(layer, "post_feedforward_layernorm") and getattr(layer, "residual_multiplier", 1.0) == 1.0
+        if not (policy.packs and gated and plain):
+            raise BaseModelError(
+                "this architecture's layers cannot be refitted",
+                where="distill.refit",
+                value=type(layer).__name__,
+                remedy="set refit to 0 and width to null, and give the distillation more steps",
+            )
 
 
 def _install(layer: Any, target: Tensor, ridge: float, width: int | None, left: list[float]) -> tuple[Any, Any]:

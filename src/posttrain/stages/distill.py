@@ -21,7 +21,7 @@ from posttrain.objectives.tensors import Metrics
 from posttrain.policy.importance import layer_importance, most_important
 from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import Policy
-from posttrain.policy.refit import refit
+from posttrain.policy.refit import check_refit, refit
 from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
 from posttrain.ranges import Count, NonNegative, Positive, Share
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
@@ -84,6 +84,8 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     teacher.forget_inference()  # its own answers are drawn; from here it gives distributions
     locked = fingerprint(teacher.base)
     check(options, teacher.config)
+    if options.refit > 0:
+        check_refit(teacher)
     kept = _kept(options, teacher, taught)
     student = Policy(cut_layers(teacher.base, kept))
     student.recompute = teacher.recompute
@@ -113,7 +115,8 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
 
 
 def _kept(options: DistillOptions, teacher: Policy, taught: Sequence[Rendered]) -> tuple[int, ...]:
-    few = taught[:: max(1, len(taught) // _JUDGED)][:_JUDGED]
+    count = min(_JUDGED, len(taught))
+    few = [taught[index * len(taught) // count] for index in range(count)]
     (pack,) = fill_packs(few, sum(len(sequence) for sequence in few))
     return most_important(layer_importance(teacher, pack), options.layers)
 
