@@ -34,6 +34,9 @@ bench-gpu: base
 	$(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.gpu
 
+serve: base
+	$(BIN)/posttrain serve
+
 $(STAMP): pyproject.toml constraints.txt
 	scripts/setup "$(PYTHON)" "$(VENV)"
 

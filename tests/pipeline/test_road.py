@@ -228,6 +228,28 @@ def test_the_channels_are_served_to_their_tenants_only(
     assert road[1]["channels"]["bank_A"] in (tmp_path / "audit.jsonl").read_text()
 
 
+def test_channels_on_other_weights_than_most_are_refused_and_the_others_served(
+    road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path
+) -> None:
+    from starlette.testclient import TestClient
+
+    from posttrain.pipeline.served import application, ensure_keys, left_out
+
+    runs = tmp_path / "runs"
+    shutil.copytree(road[0], runs)
+    registry, channels = open_registry(runs)
+    assert left_out(channels) == []
+    channels.promote("production", road[1]["stages"][0]["release"], by="a test", why="an earlier stage's weights")
+    assert left_out(channels) == ["production"]
+    keys = ensure_keys(runs / "keys.json", channels)
+    app = application(registry, channels, str(tiny_base), runs / "weights", runs / "keys.json", runs / "audit.jsonl")
+    with TestClient(app) as client:
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        for channel, status in (("bank_A", 200), ("production", 503)):
+            answer = client.post("/v1/chat/completions", json={**body, "model": channel}, headers=_key(keys[channel]))
+            assert answer.status_code == status, answer.text
+
+
 def _key(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 

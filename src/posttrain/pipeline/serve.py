@@ -11,7 +11,7 @@ from posttrain.pipeline.runtime import prepare_process
 
 def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[str], None], device: str = "auto") -> None:
     """Blocks until interrupted. RecipeError for a device that is not there, before a key is issued or anything is loaded."""
-    from posttrain.pipeline.served import application, ensure_keys
+    from posttrain.pipeline.served import application, ensure_keys, left_out
     from posttrain.policy.device import find_device
     from posttrain.serving.app import serve
 
@@ -20,10 +20,16 @@ def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[s
     registry, channels = open_registry(runs)
     keys = runs / "keys.json"
     issued = ensure_keys(keys, channels)
-    app = application(registry, channels, base, runs / "weights", keys, runs / "audit.jsonl", place)
-    for tenant, key in issued.items():
+    for tenant, key in issued.items():  # before anything can fail: nobody can show them again
         say(f"key of {tenant} (shown once): {key}")
-    say(f"serving {', '.join(f'{name} -> {release}' for name, release in channels.pointers().items())}")
+    app = application(registry, channels, base, runs / "weights", keys, runs / "audit.jsonl", place)
+    others = left_out(channels)
+    served = {name: release for name, release in channels.pointers().items() if name not in others}
+    say(f"serving {', '.join(f'{name} -> {release}' for name, release in served.items())}")
+    if others:
+        say(
+            f"refusing {', '.join(others)}: their releases run on other weights; a process with a registry of their own can serve them"
+        )
     say(f"http://{host}:{port}/v1")
     serve(app, host, port)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from starlette.applications import Starlette
 
-from posttrain.errors import BindingError, RegistryError
+from posttrain.errors import RegistryError
 from posttrain.pipeline.parents import Parents
 from posttrain.pipeline.runtime import Runtime
-from posttrain.releases import Channels, Kind, Registry, Release
+from posttrain.releases import Channels, Kind, Registry
 from posttrain.serving.app import build_app
 from posttrain.serving.audit import Audit
 from posttrain.serving.engine import ContractEngine
@@ -45,29 +45,31 @@ class ServedModel:
 def load_served(
     registry: Registry, channels: Channels, base: str, cache: Path, device: torch.device | None = None
 ) -> ServedModel:
-    """Load the weights that all channels' releases run on. One process holds one set of weights: channels that need another are an
-    error that says which. `device` None: see `find_device`."""
-    releases = {name: channels.release(name) for name in channels.names()}
-    if not releases:
+    """Load the weights that most channels' releases run on (equal numbers: the first by name). One process holds one set of weights: the
+    router refuses the other channels, which `left_out` names. `device` None: see `find_device`."""
+    groups = _by_weights(channels)
+    if not groups:
         raise RegistryError(
             "no channel points at a release", where=str(registry.root), remedy="run a recipe, or promote a release first"
         )
-    needed: dict[str, list[str]] = {}
-    for name, release in releases.items():
-        needed.setdefault(release.runs_on, []).append(name)
-    if len(needed) > 1:
-        groups = "; ".join(f"{fingerprint[:12]}: {', '.join(names)}" for fingerprint, names in needed.items())
-        raise BindingError(
-            "the channels' releases run on different weights",
-            where="serve",
-            value=groups,
-            remedy="serve them from separate registries or processes (--channel), or promote releases of one parent",
-        )
+    first = channels.release(groups[0][0])
     parents = Parents(registry, base, cache, None)
-    first: Release = next(iter(releases.values()))
     runtime = Runtime.load(parents.runs_on(first).folder, device=device)
     runtime.contract.verify(first.contract, where=first.id)
     return ServedModel(registry, runtime)
+
+
+def left_out(channels: Channels) -> list[str]:
+    """The channels that `load_served` does not serve, because their releases run on other weights."""
+    return [name for group in _by_weights(channels)[1:] for name in group]
+
+
+def _by_weights(channels: Channels) -> list[list[str]]:
+    """Channels that run on the same weights, the largest group first."""
+    groups: dict[str, list[str]] = {}
+    for name in channels.names():
+        groups.setdefault(channels.release(name).runs_on, []).append(name)
+    return sorted(groups.values(), key=lambda names: (-len(names), names))
 
 
 def application(
