@@ -98,6 +98,26 @@ def test_the_reference_is_the_quantised_base(policy: Policy) -> None:
         assert torch.equal(policy.logprobs(pack()), start)
 
 
+def test_a_pass_without_gradients_does_not_take_them_from_the_next(policy: Policy) -> None:
+    def gradients() -> dict[str, Tensor]:
+        policy.base.zero_grad()
+        policy.logprobs(pack()).sum().backward()
+        return {
+            name: parameter.grad.clone()
+            for name, parameter in policy.adapter_parameters("main").items()
+            if parameter.grad is not None
+        }
+
+    for parameter in policy.adapter_parameters("main").values():
+        parameter.requires_grad_(True)
+    before = gradients()
+    logprobs(policy)  # as a reference is measured, or a sample drawn
+    after = gradients()
+    assert before.keys() == after.keys() == policy.adapter_parameters("main").keys()
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, msg=name)
+
+
 def test_it_learns_and_its_adapter_loads_on_the_dense_parent(policy: Policy, tmp_path: Path) -> None:
     learner = Learner.for_adapter(policy, "main", OptimiserOptions(lr=2e-2, warmup=0), 8)
     losses = []

@@ -48,6 +48,9 @@ def _nf4(bnb: Any, dense: nn.Linear) -> nn.Module:
             compress_statistics=True,
             quant_type="nf4",
         )
+    # Where a CPU has AVX512-BF16, bitsandbytes 0.50 repacks a layer at its first pass without a gradient: from then on its product is in
+    # bf16 whatever the type asked for, and no gradient comes through it, without an error.
+    layer.support_avx512bf16_for_cpu = False
     layer.bias = dense.bias
     layer.weight = bnb.nn.Params4bit(
         dense.weight.detach(), requires_grad=False, blocksize=BLOCK, compress_statistics=True, quant_type="nf4", module=layer
