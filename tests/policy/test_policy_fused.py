@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from posttrain.policy import LoraOptions, Pack, Policy, fused
+from posttrain.policy import LoraOptions, Pack, Policy, attention, fused
 from tiny_models import FAMILIES, random_ids, sequence, tiny_model
 
 RNG = random.Random(11)
@@ -101,24 +102,55 @@ def test_a_graph_outlives_the_update_that_follows_it(monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(trained[name].grad, gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_bfloat16_gradients_are_no_further_from_the_truth_than_the_plain_modules(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(plain: bool) -> Policy:
+        made = policy(family, plain, monkeypatch)
+        made.base.to(torch.bfloat16)
+        return made
+
+    # the truth: the same rounded weights in float32
+    exact = half(plain=True)
+    exact.base.float()
+    want, want_grads = gradients(exact)
+    with monkeypatch.context() as patch:  # attention as PyTorch has it
+        patch.setattr(attention._HalfAttention, "apply", lambda q, k, v, scale, mask, causal: F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=True
+        ))  # fmt: skip
+        plain, plain_grads = gradients(half(plain=True))
+    calls: list[str] = []
+    for kind in (fused._ThinLora, fused._RmsNorm, attention._HalfAttention):
+        inner = kind.apply
+        monkeypatch.setattr(kind, "apply", lambda *args, inner=inner, kind=kind: calls.append(kind.__name__) or inner(*args))
+    got, got_grads = gradients(half(plain=False))
+    assert {"_ThinLora", "_HalfAttention"} <= set(calls) and ("_RmsNorm" in calls) == (family != "gemma3")
+    assert float((got - want).norm()) <= 1.2 * float((plain - want).norm())
+    assert got_grads.keys() == want_grads.keys()
+    distance = lambda found: sum(float((found[name] - want_grads[name]).norm() ** 2) for name in want_grads) ** 0.5  # noqa: E731
+    assert distance(got_grads) <= 1.2 * distance(plain_grads)
+
+
 def _trained_base(made: Policy) -> None:
     for parameter in made.base.parameters():
         parameter.requires_grad_(True)
 
 
-def _low_precision(made: Policy) -> None:
-    made.base.to(torch.bfloat16)
+def _half_precision(made: Policy) -> None:
+    made.base.to(torch.float16)
     for parameter in made.adapter_parameters("a").values():
         parameter.requires_grad_(True)
 
 
-@pytest.mark.parametrize("change", [_trained_base, _low_precision])
+@pytest.mark.parametrize("change", [_trained_base, _half_precision])
 def test_what_does_not_fit_takes_the_plain_path(change: Callable[[Policy], None], monkeypatch: pytest.MonkeyPatch) -> None:
     made = policy("llama", False, monkeypatch)
     change(made)
     monkeypatch.setattr(fused._LoraLinear, "apply", _never)
     monkeypatch.setattr(fused._GatedMlp, "apply", _never)
     monkeypatch.setattr(fused._RmsNorm, "apply", _never)
+    monkeypatch.setattr(fused._ThinLora, "apply", _never)
     made.logprobs(PACK).sum().backward()  # type: ignore[no-untyped-call]
 
 

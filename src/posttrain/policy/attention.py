@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -29,10 +30,43 @@ class AttentionContext(Protocol):
 
 
 def grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention with H query heads over Hkv <= H key heads."""
+    """Scaled dot-product attention with H query heads over Hkv <= H key heads. `mask` [n, S] bool: what a query may see."""
+    half_on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+    if half_on_cpu and torch.is_grad_enabled() and q.requires_grad:
+        out: Tensor = _HalfAttention.apply(q, k, v, scale, mask, causal)  # type: ignore[no-untyped-call]
+        return out
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+class _HalfAttention(torch.autograd.Function):
+    """Attention in bf16 on a CPU with its gradients computed in float32: PyTorch's kernel takes three to four times as long for them in
+    bf16, and rounds them more (docs/performance.md)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scale
+        )
+        ctx.save_for_backward(q, k, v, out, lse, mask)
+        ctx.scale, ctx.causal = scale, causal
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, mask = ctx.saved_tensors
+        wide = (tensor.float() for tensor in (gradients[0], q, k, v, out))
+        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *wide, lse, 0.0, ctx.causal, attn_mask=_additive(mask, torch.float32), scale=ctx.scale
+        )
+        return *(gradient.to(q.dtype) for gradient in found), None, None, None
+
+
+def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """[n, S] bool -> [1, 1, n, S]: 0 where a query may look, else -inf."""
+    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))[None, None]
 
 
 @dataclass(slots=True)

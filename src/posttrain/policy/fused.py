@@ -5,9 +5,10 @@ PEFT's LoRA adds, per layer, two thin products and three passes over the layer's
 intermediate to memory. Here W' = W + s B A is formed once per update, the forward pass is one product with W', and the backward
 pass is one more, with the thin products for A and B (Hu 2021, eq. 3). MLPs and norms run over blocks of tokens that stay in cache.
 
-The numbers are those of the plain modules up to the rounding of sums, which is why this is done in float32 only: in bf16 a rounded
-W' would swallow small adapters. Whatever does not fit (other types, trained base weights, adapters of other kinds) takes the
-plain path, module by module.
+The numbers are those of the plain modules up to the rounding of sums, which is why W' is formed in float32 only: in bf16 a rounded W'
+would swallow small adapters. There the thin products stay apart, but what they give is added inside them, forward and backward, and
+norms are computed in float32 and rounded once. Whatever does not fit (other types, trained base weights, adapters of other kinds) takes
+the plain path, module by module.
 
 Without gradients, the tokens of one pass may belong to several adapters (`Mix`): the product with W is one, the thin products are each
 adapter's own (Chen 2023, Punica).
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _BLOCK = 192  # tokens; [192, 1536] float32 is 1.1 MB
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
@@ -132,6 +134,9 @@ def forget_merged(model: nn.Module) -> None:
 def _lora_forward(module: Any, plain: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if module._posttrain_mix.shares is not None:
         return _mixed_forward(module, module._posttrain_mix.shares, x)
+    if x.dtype == torch.bfloat16 and not (args or kwargs) and (thin := _thin(module)) is not None:
+        apart: Tensor = _ThinLora.apply(x, *thin)  # type: ignore[no-untyped-call]
+        return apart
     f = None if args or kwargs or x.dtype != torch.float32 else _factors(module)
     if f is None:
         return plain(x, *args, **kwargs)
@@ -172,6 +177,42 @@ class _LoraLinear(torch.autograd.Function):
         dx = torch.mm(flat_dy, weight).view_as(x) if ctx.needs_input_grad[0] else None
         da, db = (_factor_gradients(flat_x, flat_dy, a, b, ctx.scale)) if ctx.needs_input_grad[3] else (None, None)
         return dx, None, None, da, db, None
+
+
+def _thin(module: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
+    """W, bias, A, B and the scale of a frozen bf16 layer on a CPU whose one plain adapter is being trained; None: take the plain path."""
+    base = module.base_layer
+    active = [] if module.disable_adapters or module.merged else [name for name in module.active_adapters if name in module.lora_A]
+    if len(active) != 1 or not torch.is_grad_enabled() or not is_simple(module, active[0]):
+        return None
+    a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
+    weight = base.weight
+    fits = weight.device.type == "cpu" and weight.dtype == a.dtype == b.dtype == torch.bfloat16
+    if not fits or weight.requires_grad or not a.requires_grad:
+        return None
+    return weight, base.bias, a, b, float(module.scaling[active[0]])
+
+
+class _ThinLora(torch.autograd.Function):
+    """y = x W^T + bias + s (x A^T) B^T; dx = dy W + s (dy B) A, dA = s (dy B)^T x, dB = s dy^T (x A^T)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = torch.mm(rows, a.t())
+        out = F.linear(rows, weight, bias).addmm_(inner, b.t(), alpha=scale)
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, inner = ctx.saved_tensors
+        rows, dy = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, b.shape[0])
+        thin = torch.mm(dy, b)
+        dx = torch.mm(dy, weight).addmm_(thin, a, alpha=ctx.scale).view_as(x) if ctx.needs_input_grad[0] else None
+        return dx, None, None, torch.mm(thin.t(), rows).mul_(ctx.scale), torch.mm(dy.t(), inner).mul_(ctx.scale), None
 
 
 def _factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -262,33 +303,38 @@ def _add(sums: list[Tensor], parts: tuple[Tensor, Tensor]) -> None:
 
 
 def _norm_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or module.weight.requires_grad or module.weight.dtype != torch.float32:
+    if x.dtype not in (torch.float32, torch.bfloat16) or module.weight.requires_grad or module.weight.dtype != x.dtype:
         return plain(x)
     if not (torch.is_grad_enabled() and x.requires_grad):
-        return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+        return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon) if x.dtype == torch.float32 else plain(x)
     out: Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = x r w with r = (mean x^2 + eps)^-1/2; dx = r (w dy - x r^2 mean(w dy x))."""
+    """y = x r w with r = (mean x^2 + eps)^-1/2; dx = r (w dy - x r^2 mean(w dy x)). In float32 at least, whatever the type of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, r)
-        out: Tensor = (x * r).mul_(weight)
-        return out
+        flat, wide = x.reshape(-1, x.shape[-1]), weight.to(torch.promote_types(weight.dtype, torch.float32))
+        out, r = torch.empty_like(flat), wide.new_empty(len(flat), 1)
+        for block in _blocks(len(flat)):
+            rows = flat[block].to(wide.dtype)
+            torch.linalg.vector_norm(rows, dim=-1, keepdim=True, out=r[block]).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            torch.mul(rows * r[block], wide, out=out[block])
+        ctx.save_for_backward(x, wide, r)
+        return out.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, weight, r = ctx.saved_tensors
-        flat, dy2, r2 = x.reshape(-1, x.shape[-1]), dy.reshape(-1, x.shape[-1]), r.reshape(-1, 1)
+        flat, dy = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, x.shape[-1])
         dx = torch.empty_like(flat)
         for block in _blocks(len(flat)):
-            wdy = dy2[block] * weight
-            dot = (wdy * flat[block]).sum(-1, keepdim=True)
-            rb = r2[block]
-            torch.mul(flat[block], dot.mul_(rb.square()).div_(-x.shape[-1]), out=dx[block])
-            dx[block].add_(wdy).mul_(rb)
+            rows, rb = flat[block].to(weight.dtype), r[block]
+            wdy = dy[block] * weight
+            dot = (wdy * rows).sum(-1, keepdim=True)
+            slope = torch.mul(rows, dot.mul_(rb.square()).div_(-x.shape[-1]))
+            torch.mul(slope.add_(wdy), rb, out=dx[block])
         return dx.view_as(x), None, None
