@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from posttrain.agents import ToolResult
 from posttrain.contract import MalformedCall, parse_turn
 from posttrain.data import Message, StopReason, Task, ToolSpec
-from posttrain.sampling.protocol import Sample, SampleRequest
+from posttrain.sampling.protocol import Sample, SampleRequest, Then
 from posttrain.verifying import Judgement
 
 END = 0
@@ -58,14 +57,22 @@ class FakeContract:
         return parse_turn(decode(ids))
 
 
+def in_rounds(sample: Callable[[list[SampleRequest]], list[Sample]], requests: Sequence[SampleRequest], then: Then) -> None:
+    """`Sampler.converse`, everyone's turn in one call."""
+    asked: dict[int, SampleRequest] = dict(enumerate(requests))
+    while asked:
+        drawn = zip(asked, sample(list(asked.values())), strict=True)
+        asked = {index: request for index, found in drawn if (request := then(index, found)) is not None}
+
+
 class ScriptSampler:
     """`script(prompt text, turn of this call, request)` -> the text to say, or a Sample."""
 
     def __init__(self, script: Callable[[str, SampleRequest], str | Sample]) -> None:
         self.script, self.calls = script, []  # type: ignore[var-annotated]
 
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def converse(self, requests: Sequence[SampleRequest], then: Then) -> None:
+        in_rounds(self.sample, requests, then)
 
     def sample(self, requests: Sequence[SampleRequest], progress: Any = None) -> list[Sample]:
         self.calls.append(list(requests))

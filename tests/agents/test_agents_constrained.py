@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
-from agents_fakes import ADD, PAY, FakeWorld, ask
+from agents_fakes import ADD, PAY, FakeWorld, ask, in_rounds
 
 from posttrain.agents import Guard, RolloutOptions, run_episodes
 from posttrain.contract import Contract
 from posttrain.data import Episode, StopReason
 from posttrain.grammar import GrammarEngine, forced_rows
-from posttrain.sampling.protocol import Sample, SampleRequest
+from posttrain.sampling.protocol import Sample, SampleRequest, Then
 
 SCHEMA = {
     "type": "object",
@@ -38,8 +37,8 @@ class RandomSampler:
             self.weights[token] = 40.0 if '"' in text or text in ("}", "}}", "<") else 1.0
         self.weights[contract.end_of_turn] = 400.0
 
-    def session(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def converse(self, requests: Sequence[SampleRequest], then: Then) -> None:
+        in_rounds(self.sample, requests, then)
 
     def sample(self, requests: Sequence[SampleRequest], progress: Any = None) -> list[Sample]:
         return [self._one(request) for request in requests]

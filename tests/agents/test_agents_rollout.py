@@ -95,7 +95,7 @@ def test_episodes_that_end_leave_the_batch_and_progress_counts_them() -> None:
     tasks = [ask("a", "one"), ask("b", "two"), ask("c", "one")]
     run_episodes(tasks, **setting.parts, options=RolloutOptions(), progress=told.append)
     assert [len(requests) for requests in setting.sampler.calls] == [3, 1, 1]
-    assert told == [2, 1]
+    assert told == [1, 1, 1]
 
 
 def test_no_tasks_are_no_episodes() -> None:

@@ -13,8 +13,10 @@ import torch
 from posttrain.data.records import StopReason
 from posttrain.errors import BindingError, PosttrainError
 from posttrain.policy import LoraOptions, Pack, Policy
-from posttrain.sampling import EngineOptions, LocalSampler, Sample, SampleOptions, SampleRequest
-from posttrain.sampling.prefixes import Prefixes
+from posttrain.sampling import EngineOptions, LocalSampler, Sample, SampleOptions, SampleRequest, prefixes
+from posttrain.sampling.decoder import Decoder
+from posttrain.sampling.memory import Memory
+from posttrain.sampling.prefixes import trunk_sizes
 from tiny_models import FAMILIES, random_ids, sequence, stored, tiny_model
 
 END = 2
@@ -156,7 +158,7 @@ def test_a_prompt_that_is_a_prefix_of_the_others_and_equal_prompts_share_a_trunk
         assert got.ids == engine.sample([request])[0].ids
 
 
-def test_an_unrelated_prompt_in_the_call_takes_the_trunk_away_and_changes_no_token() -> None:
+def test_an_unrelated_prompt_in_the_call_has_no_trunk_and_changes_no_token() -> None:
     engine = sampler()
     asked = requests(SHARED[:5])
     with_stranger = engine.sample([*asked, SampleRequest((9, 8, 7), 99)])
@@ -206,8 +208,11 @@ def test_adapters_may_be_mixed_in_one_call() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("names", [("none", "a", "b"), ("a",)], ids=["three", "one"])
-def test_groups_of_several_adapters_decode_together_as_each_request_alone(family: str, names: tuple[str, ...]) -> None:
+def test_groups_of_several_adapters_decode_together_as_each_request_alone(
+    family: str, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Samples of one prompt on trunks of their own, beside other prompts, in rows that are refilled."""
+    monkeypatch.setattr(prefixes, "_WORTH", 16)
     engine = sampler(family, max_rows=7)
     for seed, (name, top) in enumerate((("a", None), ("b", 1))):
         engine.policy.add_adapter(name, LoraOptions(rank=4, top=top), seed)
@@ -278,27 +283,81 @@ def test_bfloat16_log_probabilities_stay_close_to_the_learners() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("memory", [1 << 30, 20_000], ids=["all kept", "some kept"])
-def test_a_session_continues_episodes_as_if_computed_anew(family: str, memory: int) -> None:
-    """Second turns go on from the strips of the first; the sampled tokens and their log-probabilities stay those of a fresh call."""
-    engine = sampler(family, max_rows=5)
+@pytest.mark.parametrize(("rows", "remembered"), [(5, 1 << 29), (5, 20_000), (64, 1 << 29)])
+def test_conversations_go_on_as_if_computed_anew(
+    family: str, rows: int, remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later turns go on from the strips of earlier ones; what is drawn and its log-probabilities stay those of a fresh call."""
+    inner = Memory.__init__
+    monkeypatch.setattr(Memory, "__init__", lambda self, cache: inner(self, cache, max_bytes=remembered))
+    engine = sampler(family, max_rows=rows)
     engine.policy.add_adapter("a", LoraOptions(rank=2), seed=1)
     first = [replace(r, adapter="a" if i % 3 == 0 else None) for i, r in enumerate(requests(SHARED + APART))]
-    rng = random.Random(8)
-    with engine.session():
-        assert engine._session is not None
-        for adapter in ("a", None):
-            engine._session[adapter] = Prefixes(max_bytes=memory)
-        answers = engine.sample(first)
-        second = [
-            replace(r, prompt=(*r.prompt, *s.ids, *random_ids(rng.randrange(1, 9), rng)))
-            for r, s in zip(first, answers, strict=True)
-        ]
-        second = [r for i, r in enumerate(second) if i != 4]  # an episode that ended
-        remembered = sum(len(p.kept) for p in engine._session.values())
-        again = engine.sample(second)
-    assert remembered > 0
-    for request, got in zip(second, again, strict=True):
-        (alone,) = engine.sample([request])
-        assert (got.ids, got.stop) == (alone.ids, alone.stop)
-        assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    asked = {i: [request] for i, request in enumerate(first)}
+    drawn: dict[int, list[Sample]] = {i: [] for i in asked}
+
+    def then(index: int, sample: Sample) -> SampleRequest | None:
+        drawn[index].append(sample)
+        if len(drawn[index]) > index % 3:  # some end after a turn, some after three
+            return None
+        rng = random.Random(100 * index + len(drawn[index]))
+        before = asked[index][-1]
+        asked[index].append(replace(before, prompt=(*before.prompt, *sample.ids, *random_ids(rng.randrange(1, 9), rng))))
+        return asked[index][-1]
+
+    engine.converse(first, then)
+    for index, turns in asked.items():
+        assert len(turns) == len(drawn[index]) == index % 3 + 1
+        for request, got in zip(turns, drawn[index], strict=True):
+            (alone,) = engine.sample([request])
+            assert (got.ids, got.stop) == (alone.ids, alone.stop)
+            assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+
+
+def test_a_conversation_runs_what_is_new_in_it_and_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = sampler(max_rows=2)
+    engine.end_of_turn = -1
+    inner, tokens = Decoder.infer, []
+    monkeypatch.setattr(Decoder, "infer", lambda self, ids, *rest: tokens.append(len(ids)) or inner(self, ids, *rest))
+    told: list[int] = []
+    turns = {
+        0: [SampleOptions(60)],
+        1: [SampleOptions(5)] * 4,
+        2: [SampleOptions(5)],
+    }  # a long turn, and two that share the other row
+    asked = {index: SampleRequest(SHARED[index], index, options.pop(0)) for index, options in turns.items()}
+
+    def then(index: int, sample: Sample) -> SampleRequest | None:
+        told.append(index)
+        if not turns[index]:
+            return None
+        asked[index] = replace(asked[index], prompt=(*asked[index].prompt, *sample.ids, 7, 8), options=turns[index].pop(0))
+        return asked[index]
+
+    engine.converse(list(asked.values()), then)
+    assert told == [1, 1, 1, 1, 2, 0]
+    assert sum(tokens) < sum(map(len, SHARED[:3])) + 60 + 4 * 7 + 5
+
+
+def test_a_conversation_that_cannot_go_on_says_why_and_what_it_is_told_may_fail() -> None:
+    engine = sampler()
+    asked = requests(SHARED[:2])
+    with pytest.raises(BindingError, match="no such adapter"):
+        engine.converse(asked, lambda index, sample: replace(asked[index], adapter="nobody"))
+    with pytest.raises(PosttrainError, match=r"requests\[1\].*empty prompt"):
+        engine.converse([asked[0], SampleRequest((), 0)], lambda index, sample: None)
+    with pytest.raises(ZeroDivisionError):
+        engine.converse(asked, lambda index, sample: 1 // 0)  # type: ignore[arg-type, return-value]
+    engine.converse([], lambda index, sample: None)
+
+
+def test_trunks_nest_where_what_they_save_is_worth_a_product() -> None:
+    system, alike, other = tuple(range(400)), tuple(range(500, 900)), tuple(range(900, 903))
+    prompts = sorted(
+        [(*system, *alike, i, i) for i in range(8)] + [(*system, *other, i) for i in range(8)] + [(*system, 9)] * 6 + [(5, 6)]
+    )
+    found = dict(zip(prompts, trunk_sizes(prompts), strict=True))
+    assert {found[(*system, *alike, i, i)] for i in range(8)} == {800}
+    assert {found[(*system, *other, i)] for i in range(8)} == {400}  # three tokens more are not worth a trunk
+    assert found[(*system, 9)] == 400 and found[(5, 6)] == 0
+    assert trunk_sizes([]) == [] and trunk_sizes([system]) == [0] and trunk_sizes([system] * 9) == [399] * 9

@@ -105,8 +105,6 @@ def test_the_sampler_draws_a_cpus_tokens(family: str) -> None:
     ]
     drawn = [LocalSampler(policy, contract.end_of_turn, engine).sample(requests) for policy in (here, there)]
     assert [sample.ids for sample in drawn[0]] == [sample.ids for sample in drawn[1]]
-    with LocalSampler(there, contract.end_of_turn).session():
-        pass
 
 
 def test_drift_and_a_student_are_a_cpus(tmp_path: Path) -> None:

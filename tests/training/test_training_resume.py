@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -47,17 +48,20 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, in
 
 def started(kind: str, folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-W", "ignore", killable.__file__, kind, str(folder)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env={**os.environ})
 
 
 def kill_midway(process: subprocess.Popen[str]) -> int:
-    assert process.stdout is not None
-    wanted, said = random.SystemRandom().randrange(1, killable.STEPS - 3), -1
-    for line in process.stdout:
+    """The process waits after each step until it is told to go on, so that it cannot be done before it is killed."""
+    assert process.stdout is not None and process.stdin is not None
+    dice = random.SystemRandom()
+    wanted, said = dice.randrange(1, killable.STEPS - 3), -1
+    while said < wanted:
+        line = process.stdout.readline()
         assert line.startswith("step "), f"it ended before it was killed: {line}"
         said = int(line.split()[1])
-        if said >= wanted:
-            break
+        process.stdin.write("go on\n")
+    time.sleep(dice.random() * 0.05)  # in the checkpoint of that step, in the next one, or between two
     process.send_signal(signal.SIGKILL)
     rest = process.stdout.read()
     assert process.wait() == -signal.SIGKILL and "finished" not in rest

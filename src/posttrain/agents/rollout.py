@@ -1,4 +1,4 @@
-"""Episodes: many tasks at once, turn by turn, each in a private copy of the world.
+"""Episodes: many tasks at once, each at its own turn and in a private copy of the world.
 
 Tokens are the truth: an episode's context is the prompt's ids, then the sampled ids of each turn as they are, then the ids of what
 was put after it. Nothing that was sampled is ever tokenised again.
@@ -144,24 +144,30 @@ class _Table:
     ) -> list[T]:
         plays = [play for task in tasks for play in self._open(task)]
         results: dict[int, T] = {}
-        with self.sampler.session(), ExitStack() as closing:  # an environment that fails to close must not keep the others open
+        with ExitStack() as closing:  # an environment that fails to close must not keep the others open
             for play in plays:
                 closing.callback(play.close)
-            active = list(enumerate(plays))
-            while active:
-                for index, play in active:
-                    if play.stop is not None:
-                        environment = play.environment() if needs_world and play.task.environment else play.opened
-                        results[index] = finish(play.task, play.episode(), environment)
-                        play.close()
-                going = [(index, play) for index, play in active if play.stop is None]
-                if progress is not None and len(going) < len(active):
-                    progress(len(active) - len(going))
-                active = going
-                if active:
-                    samples = self.sampler.sample([play.request() for _, play in active])
-                    for (_, play), sample in zip(active, samples, strict=True):
-                        play.take(sample)
+
+            def go_on(index: int) -> SampleRequest | None:
+                """What the episode asks next; None when it is over, and then judged."""
+                play = plays[index]
+                if play.stop is None:
+                    return play.request()
+                environment = play.environment() if needs_world and play.task.environment else play.opened
+                results[index] = finish(play.task, play.episode(), environment)
+                play.close()
+                if progress is not None:
+                    progress(1)
+                return None
+
+            def then(conversation: int, sample: Sample) -> SampleRequest | None:
+                index = playing[conversation]
+                plays[index].take(sample)
+                return go_on(index)
+
+            first = {index: request for index in range(len(plays)) if (request := go_on(index)) is not None}
+            playing = list(first)
+            self.sampler.converse(list(first.values()), then)
         return [results[index] for index in range(len(plays))]
 
     def _open(self, task: Task) -> list[_Play]:

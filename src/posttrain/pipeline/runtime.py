@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import os
 import warnings
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def prepare_process(threads: int | None) -> int:
     that keeps what it has. Returns the number of threads."""
     _keep_heap()
     # PEFT reads an attribute that transformers renames; nothing a user could act on
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it then asks for a kernel that is not used here
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     return set_threads(threads)
 

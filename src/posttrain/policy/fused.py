@@ -182,7 +182,9 @@ class _LoraLinear(torch.autograd.Function):
 def _thin(module: Any) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
     """W, bias, A, B and the scale of a frozen bf16 layer on a CPU whose one plain adapter is being trained; None: take the plain path."""
     base = module.base_layer
-    active = [] if module.disable_adapters or module.merged else [name for name in module.active_adapters if name in module.lora_A]
+    active = (
+        [] if module.disable_adapters or module.merged else [name for name in module.active_adapters if name in module.lora_A]
+    )
     if len(active) != 1 or not torch.is_grad_enabled() or not is_simple(module, active[0]):
         return None
     a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight

@@ -53,17 +53,17 @@ class Cache:
         self._unused.append(number)
 
     def reserve(self, rows: int, capacity: int) -> None:
-        """Room for at least so many rows of so many tokens; what the rows hold is kept. Grows by doubling, so that a stream of requests
-        settles on one size."""
+        """Room for at least so many rows of so many tokens; what the rows hold is kept. Grows by a quarter at least, so that a stream of
+        requests settles on one size."""
         if rows <= self.rows and capacity <= self.capacity:
             return
         before, held = self.rows, self.capacity
         if rows > before:
-            self.rows = max(rows, 2 * before)
+            self.rows = max(rows, before + before // 4)
             self.lengths = torch.cat([self.lengths, torch.zeros(self.rows - before, dtype=torch.int64)])
             self.trunk_of = torch.cat([self.trunk_of, torch.zeros(self.rows - before, dtype=torch.int64)])
         if capacity > held:
-            self.capacity = max(capacity, 2 * held)
+            self.capacity = max(capacity, held + held // 4)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_zeros(self.rows, old.shape[1], self.capacity, old.shape[3])
@@ -113,19 +113,18 @@ class Cache:
         self.lengths[target], self.trunk_of[target] = count, self.trunk_of[source]
 
 
-_TOGETHER = 16  # neighbouring rows that are computed together, padded to the longest of them
-_NARROW = 3  # new tokens up to which a row is padded rather than computed apart
+_CALL = 2000  # pairs of a query and a key whose attention takes as long as one call more
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Rows whose attention is one product: `rows` (a slice where they are neighbours: no copy of their strips), the flat indices of
-    their new tokens with their places in [rows, width], and what each may see, additive [rows, 1, width, span]."""
+    """Neighbouring rows whose attention is one product, padded to the widest and the longest of them: `rows` and their new `tokens` are
+    slices, so that no strip is copied; `place`: where their tokens go in [rows * width] (None: no row is padded); `bias`: what each may
+    see, additive [rows, 1, group * width (or 1), span]."""
 
-    rows: slice | Tensor
-    flat: Tensor | None  # None: they are all new tokens there are, one a row
-    local: Tensor
-    offset: Tensor
+    rows: slice
+    tokens: slice
+    place: Tensor | None
     width: int
     span: int
     bias: Tensor
@@ -143,9 +142,9 @@ class StepAttention:
         self.cache, rows = cache, len(counts)
         new = torch.tensor(counts)
         self.row = torch.repeat_interleave(torch.arange(rows), new)
-        self._starts = torch.cumsum(new, 0) - new
-        self.offset = torch.arange(len(self.row)) - self._starts[self.row]  # index of a token among its row's new tokens
-        self.slot = cache.lengths[:rows][self.row] + self.offset  # where in the strip it goes
+        ends = torch.cumsum(new, 0)
+        offset = torch.arange(len(self.row)) - (ends - new)[self.row]  # index of a token among its row's new tokens
+        self.slot = cache.lengths[:rows][self.row] + offset  # where in the strip it goes
         trunk_of = cache.trunk_of[:rows][self.row]
         self.positions = self.slot + torch.tensor([trunk.length for trunk in cache.trunks])[trunk_of]
         # trunks with their queries; None: every query
@@ -155,7 +154,8 @@ class StepAttention:
             if trunk.length and asking.any():
                 self._trunks.append((trunk, None if asking.all() else asking.nonzero()[:, 0]))
         self._parts: dict[int | None, list[_Part]] = {}
-        self._counts = counts
+        self._counts, self._spans = counts, (cache.lengths[:rows] + new).tolist()
+        self._ends = [0, *ends.tolist()]
         # once a step, not once a layer
         self._device = cache.keys[0].device
         self.row, self.slot, self.positions = (index.to(self._device) for index in (self.row, self.slot, self.positions))
@@ -172,14 +172,14 @@ class StepAttention:
         group = heads // keys.shape[1]
         q_nkgd = q[0].transpose(0, 1).reshape(count, -1, group, size)
         if window not in self._parts:
-            self._parts[window] = self._split(window)
+            self._parts[window] = self._split(window, group)
         parts = self._parts[window]
-        if parts[0].flat is None:
+        if len(parts) == 1:
             out, lse = self._strips(parts[0], q_nkgd, keys, values, scale)
         else:
             out, lse = torch.empty_like(q_nkgd), q_nkgd.new_empty(q_nkgd.shape[:3], dtype=torch.float32)
             for part in parts:
-                out[part.flat], lse[part.flat] = self._strips(part, q_nkgd, keys, values, scale)
+                out[part.tokens], lse[part.tokens] = self._strips(part, q_nkgd[part.tokens], keys, values, scale)
         for trunk, asking in self._trunks:
             if asking is None:
                 out = _with_trunk(trunk, layer, q_nkgd, self.positions, scale, window, out, lse)
@@ -188,54 +188,57 @@ class StepAttention:
                 out[asking] = _with_trunk(trunk, layer, *asked, scale, window, out[asking], lse[asking])
         return out.reshape(1, count, heads, size).transpose(1, 2)
 
-    def _split(self, window: int | None) -> list[_Part]:
-        """Neighbours together; among them, rows with many new tokens apart from those with few, which would pay for the padding."""
-        parts = []
-        for start in range(0, len(self._counts), _TOGETHER):
-            stop = min(start + _TOGETHER, len(self._counts))
-            wide = [row for row in range(start, stop) if self._counts[row] > _NARROW]
-            if not wide or len(wide) == stop - start:
-                parts.append(self._part(torch.arange(start, stop), slice(start, stop), window))
+    def _split(self, window: int | None, group: int) -> list[_Part]:
+        """Neighbours together as long as what they are padded by costs less than a call more."""
+        parts, start = [], 0
+        width, span = self._counts[0], self._spans[0]
+        for row in range(1, len(self._counts)):
+            wider, longer = max(width, self._counts[row]), max(span, self._spans[row])
+            apart = (row - start) * width * span + self._counts[row] * self._spans[row]
+            if (row - start + 1) * wider * longer <= apart + _CALL:
+                width, span = wider, longer
             else:
-                narrow = [row for row in range(start, stop) if row not in set(wide)]
-                parts += [self._part(torch.tensor(rows), torch.tensor(rows), window) for rows in (narrow, wide)]
-        return parts
+                parts.append(self._part(start, row, window, group))
+                start, width, span = row, self._counts[row], self._spans[row]
+        return [*parts, self._part(start, len(self._counts), window, group)]
 
-    def _part(self, members: Tensor, rows: slice | Tensor, window: int | None) -> _Part:
-        new = torch.tensor([self._counts[row] for row in members.tolist()])
-        width = int(new.max())
-        local = torch.repeat_interleave(torch.arange(len(members)), new)
-        offset = torch.arange(len(local)) - (torch.cumsum(new, 0) - new)[local]
+    def _part(self, start: int, stop: int, window: int | None, group: int) -> _Part:
+        counts = self._counts[start:stop]
+        width, span = max(counts), max(self._spans[start:stop])
         # query j of a row sees strip slots up to the row's old length + j
-        last = self.cache.lengths[members][:, None] + torch.arange(width)
-        span = int((self.cache.lengths[members] + new).max())
+        last = self.cache.lengths[start:stop, None] + torch.arange(width)
         slots = torch.arange(span)
         seen = slots <= last[..., None]
         if window is not None:
             seen &= slots > last[..., None] - window
             seen[..., 0] |= ~seen.any(-1)  # a padded query may lie beyond every slot; it is thrown away, but must not be nan
-        bias = torch.zeros(seen.shape, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, float("-inf"))
-        flat = None if width == 1 and len(members) == len(self._counts) else self._starts[members][local] + offset
-        local, offset, bias = (tensor.to(self._device) for tensor in (local, offset, bias[:, None]))
-        rows = rows if isinstance(rows, slice) else rows.to(self._device)
-        return _Part(rows, None if flat is None else flat.to(self._device), local, offset, width, span, bias)
+        bias = torch.zeros(seen.shape, dtype=self.cache.keys[0].dtype).masked_fill_(~seen, float("-inf"))[:, None]
+        place = None
+        if min(counts) < width:
+            place = torch.cat([torch.arange(row * width, row * width + count) for row, count in enumerate(counts)]).to(
+                self._device
+            )
+        if width > 1:
+            bias = bias.repeat(1, 1, group, 1)  # once a step, not once a layer
+        tokens = slice(self._ends[start], self._ends[stop])
+        return _Part(slice(start, stop), tokens, place, width, span, bias.to(self._device))
 
     @staticmethod
     def _strips(part: _Part, q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Attention [n, Hkv, G, D] of the part's tokens to their rows' own strips, and its log-sum-exp [n, Hkv, G]."""
+        """Attention [n, Hkv, G, D] of the part's new tokens q to their rows' own strips, and its log-sum-exp [n, Hkv, G]."""
         k, v = keys[part.rows, :, : part.span], values[part.rows, :, : part.span]
-        own = q if part.flat is None else q[part.flat]
         if part.width == 1:
-            return attention_with_lse(own, k, v, part.bias, scale)
-        _, kv_heads, group, size = q.shape
-        count = k.shape[0]
-        padded = q.new_zeros(count, part.width, kv_heads, group, size)
-        padded[part.local, part.offset] = own
-        asked = padded.permute(0, 2, 3, 1, 4).reshape(count, kv_heads, group * part.width, size)
-        mixed, total = attention_with_lse(asked, k, v, part.bias.repeat(1, 1, group, 1), scale)
-        mixed = mixed.view(count, kv_heads, group, part.width, size).permute(0, 3, 1, 2, 4)[part.local, part.offset]
-        total = total.view(count, kv_heads, group, part.width).permute(0, 3, 1, 2)[part.local, part.offset]
-        return mixed, total
+            return attention_with_lse(q, k, v, part.bias, scale)
+        (_, kv_heads, group, size), count = q.shape, k.shape[0]
+        if part.place is not None:
+            padded = q.new_zeros(count * part.width, kv_heads, group, size)
+            padded[part.place] = q
+            q = padded
+        asked = q.view(count, part.width, kv_heads, group, size).permute(0, 2, 3, 1, 4)
+        mixed, total = attention_with_lse(asked.reshape(count, kv_heads, group * part.width, size), k, v, part.bias, scale)
+        mixed = mixed.view(count, kv_heads, group, part.width, size).permute(0, 3, 1, 2, 4).reshape(-1, kv_heads, group, size)
+        total = total.view(count, kv_heads, group, part.width).permute(0, 3, 1, 2).reshape(-1, kv_heads, group)
+        return (mixed, total) if part.place is None else (mixed[part.place], total[part.place])
 
 
 def _with_trunk(

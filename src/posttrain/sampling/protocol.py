@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -50,13 +49,18 @@ class Sample:
     stop: StopReason
 
 
+Then = Callable[[int, Sample], SampleRequest | None]
+
+
 class Sampler(Protocol):
     def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
         """One continuation per request, in order. `progress` is told the number of tokens drawn since its last call."""
         ...
 
-    def session(self) -> AbstractContextManager[None]:
-        """Between the calls inside, an engine may reuse what it computed for earlier requests. Weights must not change inside."""
+    def converse(self, requests: Sequence[SampleRequest], then: Then) -> None:
+        """Conversations side by side, each from its first request on: `then` is told which one and what was drawn, as soon as it is drawn,
+        and gives what it asks next (None: it is over). Nobody waits for another's turn, and an engine may go on from what it computed for
+        a conversation's last turn. Weights must not change meanwhile. Raises what `sample` raises, and what `then` does."""
         ...
 
 

@@ -11,9 +11,8 @@ import json
 import math
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from posttrain.data.records import StopReason
 from posttrain.errors import BindingError, SamplerError
 from posttrain.files.hashing import hash_file
 from posttrain.grammar.matcher import Grammar, GrammarEngine, Matcher
-from posttrain.sampling.protocol import Sample, SampleRequest
+from posttrain.sampling.protocol import Sample, SampleRequest, Then
+from posttrain.sampling.run import check_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,25 +66,34 @@ class ServerSampler:
 
     # -- the protocol --------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def session(self) -> Iterator[None]:
-        """See `Sampler.session`: a server keeps its own prefix cache, by name, and a name here never changes its weights."""
-        yield
-
     def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
         """See `Sampler.sample`. Raises SamplerError when the server fails, is late, or answers what was not asked."""
+        samples: dict[int, Sample] = {}
+
+        def keep(index: int, sample: Sample) -> None:
+            samples[index] = sample
+            if progress is not None:
+                progress(len(sample.ids))
+
+        self.converse(requests, keep)
+        return [samples[index] for index in range(len(requests))]
+
+    def converse(self, requests: Sequence[SampleRequest], then: Then) -> None:
+        """See `Sampler.converse`: a server keeps its own prefix cache, by name, and a name here never changes its weights. Raises
+        SamplerError as `sample` does; requests that nobody has begun to answer by then are not sent."""
         for index, request in enumerate(requests):
-            if not request.prompt:
-                raise SamplerError(
-                    "an empty prompt", where=f"requests[{index}]", remedy="render the conversation with Contract.prompt_ids"
-                )
-        with ThreadPoolExecutor(max(1, min(self.options.parallel, len(requests)))) as pool:
-            samples = []
-            for sample in pool.map(self._one, requests):
-                samples.append(sample)
-                if progress is not None:
-                    progress(len(sample.ids))
-        return samples
+            check_prompt(request, f"requests[{index}]")
+        pool = ThreadPoolExecutor(max(1, min(self.options.parallel, len(requests))))
+        try:
+            asked = {pool.submit(self._one, request): index for index, request in enumerate(requests)}
+            while asked:
+                for answered in wait(asked, return_when=FIRST_COMPLETED).done:
+                    index = asked.pop(answered)
+                    following = then(index, answered.result())
+                    if following is not None:
+                        asked[pool.submit(self._one, following)] = index
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _one(self, request: SampleRequest) -> Sample:
         how = request.options

@@ -1,4 +1,4 @@
-"""Requests that come and go between steps: what a server decodes with.
+"""Requests that come and go between steps: what a server and conversations decode with.
 
 The same rows, cache and passes as a batch's (`tree.py`, `rows.py`). What differs is that nobody knows the requests beforehand, so what
 they share is found as they come: a trunk in the cache, the strip of a row that finished, or a row that is decoding.
@@ -20,15 +20,18 @@ from posttrain.sampling.rows import RowRun
 from posttrain.sampling.run import Drawing, Row, Run, check_prompt, computed
 from posttrain.sampling.tree import TreeRun
 
-_AT_ONCE = 1024  # prompt tokens taken in by one turn while others decode, who wait for them
+_AT_ONCE = 1024  # prompt tokens that a server takes in by one turn while others decode, who wait for them
+_PLANTED = 256  # tokens shared with a decoding row from which they become a trunk, a product more in each step; fewer are copied
 
 
 class LocalStream:
     """Implements `Stream` over a policy in this process. Adapters that cannot share a pass take turns."""
 
-    def __init__(self, policy: Policy, drawing: Drawing, rows: int) -> None:
-        self._policy, self._drawing, self._rows = policy, drawing, rows
+    def __init__(self, policy: Policy, drawing: Drawing, rows: int, at_once: int | None = _AT_ONCE) -> None:
+        """`at_once`: prompt tokens taken in by one turn while rows decode; None where nobody minds the wait."""
+        self._policy, self._drawing, self._rows, self._at_once = policy, drawing, rows, at_once
         self._runs: dict[str | None, TreeStream | RowRun] = {}  # by adapter; what shares passes is under _SHARED
+        self._keys: dict[str | None, str | None] = {}
         self._where: dict[int, TreeStream | RowRun] = {}
         self._failed: dict[int, Sample | PosttrainError] = {}
         self._tickets = itertools.count()
@@ -40,11 +43,17 @@ class LocalStream:
         groups: dict[str | None, dict[int, SampleRequest]] = {}
         for request in requests:
             tickets.append(next(self._tickets))
-            apart = not self._policy.packs or not self._policy.mixes(request.adapter)
-            groups.setdefault(request.adapter if apart else _SHARED, {})[tickets[-1]] = request
+            groups.setdefault(self._key(request.adapter), {})[tickets[-1]] = request
         for key, own in groups.items():
             self._enter(key, own)
         return tickets
+
+    def _key(self, adapter: str | None) -> str | None:
+        """Under which of the runs an adapter's requests decode."""
+        if adapter not in self._keys:
+            apart = not self._policy.packs or not self._policy.mixes(adapter)
+            self._keys[adapter] = adapter if apart else _SHARED
+        return self._keys[adapter]
 
     def _enter(self, key: str | None, requests: dict[int, SampleRequest]) -> None:
         """Give requests to the run of their kind."""
@@ -61,7 +70,7 @@ class LocalStream:
     def _run(self, key: str | None, adapter: str | None) -> TreeStream | RowRun:
         """BindingError for an adapter that the policy does not hold."""
         if key not in self._runs and self._policy.packs:
-            self._runs[key] = TreeStream(self._policy, self._drawing, self._rows)
+            self._runs[key] = TreeStream(self._policy, self._drawing, self._rows, self._at_once)
         elif key not in self._runs:
             self._runs[key] = RowRun(self._policy, adapter, self._drawing, self._rows, refill=0)
         run = self._runs[key]
@@ -97,8 +106,9 @@ _SHARED = ""  # no adapter's name
 class TreeStream(TreeRun):
     """A run whose requests arrive one by one."""
 
-    def __init__(self, policy: Policy, drawing: Drawing, capacity: int) -> None:
+    def __init__(self, policy: Policy, drawing: Drawing, capacity: int, at_once: int | None) -> None:
         super().__init__(policy, drawing, capacity, refill=0)
+        self.at_once = at_once
         self.memory = Memory(self.cache)
 
     def activate(self) -> None:
@@ -111,9 +121,9 @@ class TreeStream(TreeRun):
 
     def take(self, free: int) -> list[int]:
         """See `Run.take`. While rows decode, prompts enter a few at a time: the rows wait while they are prefilled."""
-        if self.rows:
+        if self.rows and self.at_once is not None:
             sizes = itertools.accumulate(len(self.requests[i].prompt) for i in self.waiting)
-            free = min(free, max(1, sum(size <= _AT_ONCE for size in sizes)))
+            free = min(free, max(1, sum(size <= self.at_once for size in sizes)))
         return super().take(free)
 
     def admit(self, rows: list[Row]) -> None:
@@ -121,7 +131,7 @@ class TreeStream(TreeRun):
         fresh = [row for row in rows if not self._recall(row)]
         fresh.sort(key=lambda row: (row.request.adapter or "", row.request.prompt))
         for adapter, own in itertools.groupby(fresh, key=lambda row: row.request.adapter):
-            self._settle(adapter, [row.index for row in own], None)
+            self._settle(adapter, [row.index for row in own])
         for row in fresh:
             if not self.family[row.index].ids:
                 self.family[row.index] = self.memory.bare(row.request.adapter)
@@ -138,10 +148,13 @@ class TreeStream(TreeRun):
         trunk, strip, family, reach = self.memory.find(adapter, prompt)
         place, common = self._alike(adapter, prompt)
         if common >= max(reach, MIN_TRUNK) and common >= (len(trunk.ids) if trunk else 0) + MIN_TRUNK:
-            donor = self.rows[place]
+            donor = self.family[self.rows[place].index]
             keys, values = self.cache.copy(place)
-            trunk = self.memory.plant(self.family[donor.index], prompt[:common], keys, values)
-            strip = None
+            own = common - len(donor.ids)
+            if own >= _PLANTED:
+                trunk, strip = self.memory.plant(donor, prompt[:common], keys, values), None
+            elif common > reach:
+                family, strip = donor, Strip(prompt[:common], [k[:, :own] for k in keys], [v[:, :own] for v in values])
         if strip is not None and family is not None:
             self.family[row.index], self.strips[row.index] = family, strip
         elif trunk is not None:

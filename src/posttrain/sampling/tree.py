@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -16,11 +15,9 @@ from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.sampling.cache import Cache, StepAttention, trunk_of
 from posttrain.sampling.decoder import Decoder
-from posttrain.sampling.prefixes import MIN_TRUNK, Family, Prefixes, Strip
+from posttrain.sampling.prefixes import Family, Strip, trunk_sizes
 from posttrain.sampling.protocol import SampleRequest
-from posttrain.sampling.run import Drawing, Row, Run, computed
-
-_GROUP = 4  # samples of one prompt from which it is a trunk of its own
+from posttrain.sampling.run import Drawing, Row, Run
 
 
 class TreeRun(Run):
@@ -33,14 +30,13 @@ class TreeRun(Run):
         capacity: int,
         refill: float,
         progress: Callable[[int], None] | None = None,
-        session: dict[str | None, Prefixes] | None = None,
     ) -> None:
         super().__init__(drawing, capacity, refill, progress)
         self.family: dict[int, Family] = {}
         self.strips: dict[int, Strip | None] = {}
         self.decoder = Decoder(policy, ())
         self.cache = Cache(capacity, 0)
-        self._policy, self._session = policy, session
+        self._policy = policy
 
     def expect(self, requests: Mapping[int, SampleRequest]) -> None:
         """See `Run.expect`. What the prompts share is found among all of these."""
@@ -50,11 +46,8 @@ class TreeRun(Run):
         by_adapter = [(adapter, list(own)) for adapter, own in itertools.groupby(order, key=lambda i: requests[i].adapter)]
         self.decoder = Decoder(self._policy, [adapter for adapter, _ in by_adapter])
         for adapter, own in by_adapter:
-            self._settle(adapter, own, None if self._session is None else self._session.setdefault(adapter, Prefixes()))
+            self._settle(adapter, own)
         self._make_room(order)
-        for family in {id(family): family for family in self.family.values()}.values():
-            if family.prefixes is not None and family.prefixes.trunk is not None:
-                family.number = self.cache.add(family.prefixes.trunk)
 
     def _make_room(self, indices: Iterable[int]) -> None:
         """Memory for the strips of these requests, one token more than they can need."""
@@ -69,26 +62,12 @@ class TreeRun(Run):
         self.family.pop(index, None)
         self.strips.pop(index, None)
 
-    def _settle(self, adapter: str | None, indices: list[int], prefixes: Prefixes | None) -> None:
-        """Find the families of an adapter's requests (sorted by prompt), and the strips a session remembers for them."""
+    def _settle(self, adapter: str | None, indices: list[int]) -> None:
+        """Find the families of an adapter's requests (sorted by prompt)."""
         prompts = [self.requests[i].prompt for i in indices]
-        if prefixes is not None:
-            if prefixes.trunk_for(prompts) is None:
-                prefixes.forget()
-            else:
-                self.strips.update(zip(indices, prefixes.claim(prompts), strict=True))
-            family = Family(adapter, prefixes.trunk_ids if prefixes.trunk else _common(prompts), prefixes)
-            self.family.update(dict.fromkeys(indices, family))
-            return
-        rest = []
-        for prompt, same in itertools.groupby(indices, key=lambda i: self.requests[i].prompt):
-            group = list(same)
-            if len(group) < _GROUP or len(prompt) <= MIN_TRUNK:
-                rest += group
-            else:
-                self.family.update(dict.fromkeys(group, Family(adapter, prompt[:-1], None)))
-        if rest:
-            self.family.update(dict.fromkeys(rest, Family(adapter, _common([self.requests[i].prompt for i in rest]), None)))
+        families: dict[tuple[int, ...], Family] = {}
+        for index, prompt, size in zip(indices, prompts, trunk_sizes(prompts), strict=True):
+            self.family[index] = families.setdefault(prompt[:size], Family(adapter, prompt[:size]))
 
     # -- prefill -------------------------------------------------------------------------------------------------------
 
@@ -124,10 +103,7 @@ class TreeRun(Run):
     def _trunk(self, family: Family, rows: Tensor, sink: dict[int, tuple[Tensor, Tensor]]) -> int:
         """The number of the family's trunk; its first prefilled prompt, at these rows of the pack, gives it."""
         if family.number is None:
-            trunk = trunk_of(rows[: len(family.ids)], sink)
-            family.number = self.cache.add(trunk)
-            if family.prefixes is not None:
-                family.prefixes.start(trunk, family.ids)
+            family.number = self.cache.add(trunk_of(rows[: len(family.ids)], sink))
         return family.number
 
     # -- decode --------------------------------------------------------------------------------------------------------
@@ -153,23 +129,14 @@ class TreeRun(Run):
         return [(adapter, None if len(own) == start else torch.tensor(own)) for adapter, own in tokens.items()]
 
     def leave(self, place: int) -> None:
-        row, last = self.rows[place], len(self.rows) - 1
-        prefixes = self.family[row.index].prefixes
-        if prefixes is not None:
-            prefixes.keep(Strip(computed(row), *self.cache.copy(place)))
+        """See `Run.leave`."""
+        last = len(self.rows) - 1
         if place != last:
             self.cache.move(last, place)
 
 
 def _length(row: Row) -> int:
     return len(row.request.prompt)
-
-
-def _common(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest prefix shared by all prompts (sorted), shorter by at least one token than each: a prompt must have a last token
-    to run. Empty where sharing would not pay."""
-    length = min(len(os.path.commonprefix([prompts[0], prompts[-1]])), min(map(len, prompts)) - 1)
-    return prompts[0][:length] if len(prompts) > 1 and length >= MIN_TRUNK else ()
 
 
 def _prompt(ids: Sequence[int]) -> Rendered:
