@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import posttrain
 from posttrain.errors import RecipeError
+from posttrain.evaluation.scorecard import SUITE_METRICS, TASK_METRICS
 from posttrain.recipe import StageRecipe, gate_policy, load_recipe, parse_recipe, stage_options
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -50,6 +52,48 @@ def test_numbers_words_and_booleans_are_read_as_written(tmp_path: Path) -> None:
     recipe = load_recipe(written(tmp_path, SMALL.replace("name: small", "name: no")))
     assert recipe.name == "no"
     assert stage_options(recipe.stages[0]).optimiser.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ("{}", ("without targets",)),
+        ("{targets: [{metric: tool_succes}]}", ("targets[0]", "'tool_succes'", "did you mean 'tool_success'?")),
+        ("{targets: [{metric: tool_success}], guardrails: [{metric: kl}]}", ("guardrails[0]", "known:")),
+        ("{targets: [{metric: tool_success}], proxy: reward}", ("gate.proxy", "'reward'")),
+        ("{targets: [{metric: tool_success, slice: kind=lookups}]}", ("'lookups'", "did you mean 'lookup'?")),
+        ("{targets: [{metric: tool_success, slice: kind=advise}]}", ("no task of this kind is measured",)),  # its count is 0
+        ("{targets: [{metric: tool_success, slice: lookup}]}", ("kind=NAME",)),
+        ("{targets: [{metric: latency_ratio, slice: kind=lookup}]}", ("not of a slice",)),
+        ("{targets: [{metric: kl_to_parent, at_most: 1}]}", ("not measured", "evaluation")),  # drift: 0
+        ("{targets: [{metric: tool_success}], confidence: 95}", ("between 0 and 1", "95")),
+    ],
+)
+def test_a_gate_that_no_scorecard_could_answer_is_refused_before_anything_is_trained(
+    gate: str, said: tuple[str, ...], tmp_path: Path
+) -> None:
+    text = SMALL.replace("{targets: [{metric: tool_success, min_gain: 0.1}]}", gate)
+    message = refused(tmp_path, text + "evaluation: {kinds: {lookup: 3, advise: 0}, drift: 0}\n")
+    assert "stages[0] (sft).gate" in message
+    for part in said:
+        assert part in message
+
+
+def test_metrics_that_gates_may_name_are_those_that_are_measured() -> None:
+    """The names a scorecard can hold, read from the code that writes them."""
+    source = Path(posttrain.__file__).parent
+    for file, names in (("evaluation/run.py", TASK_METRICS), ("pipeline/measure.py", SUITE_METRICS)):
+        text = (source / file).read_text("utf-8")
+        assert [name for name in names if f'"{name}"' not in text] == []
+
+
+def test_what_is_not_text_or_not_yaml_is_refused_with_its_place(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: café".encode("latin-1"))
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
+    assert "seed={a" in refused(tmp_path, SMALL, "seed={a")
+    assert "threads" in refused(tmp_path, SMALL, "threads=-1")
+    assert "called base" in refused(tmp_path, SMALL.replace("name: sft", "name: base"))
 
 
 @pytest.mark.parametrize(
@@ -116,5 +160,6 @@ def test_the_hash_is_of_what_decides_the_result(tmp_path: Path) -> None:
 
 
 def test_plain_data_is_enough() -> None:
-    recipe = parse_recipe({"name": "x", "base": "b", "stages": [{"name": "s", "kind": "sft"}]})
-    assert recipe.stages == [StageRecipe(name="s", kind="sft")]
+    gate = {"targets": [{"metric": "tool_success"}]}
+    recipe = parse_recipe({"name": "x", "base": "b", "stages": [{"name": "s", "kind": "sft", "gate": gate}]})
+    assert recipe.stages == [StageRecipe(name="s", kind="sft", gate=gate)]

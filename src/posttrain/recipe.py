@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from posttrain.errors import RecipeError
-from posttrain.evaluation.gate import GatePolicy
+from posttrain.evaluation.gate import GatePolicy, check_policy
 from posttrain.files.hashing import sha256_of
 
 StageKind = Literal["sft", "adapters", "preference", "tools", "reason", "distill"]
@@ -70,7 +70,7 @@ class Recipe(_Strict):
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")
     pack_tokens: int = Field(1536, gt=0)
-    threads: int | None = None
+    threads: int | None = Field(None, gt=0)
     recompute: bool = False
     evaluation: EvaluationRecipe = EvaluationRecipe()
     stages: list[StageRecipe] = Field(min_length=1)
@@ -91,6 +91,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except OSError as error:
         raise RecipeError(
             f"the recipe cannot be read ({error.strerror})", where=str(path), remedy="give the path of a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"the recipe is not UTF-8 (byte {error.start})", where=str(path), remedy="save it as UTF-8 text"
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"the recipe is not YAML ({error})", where=str(path), remedy="check indentation and quotes") from error
@@ -113,11 +117,27 @@ def parse_recipe(value: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise RecipeError(
             f"two stages have the same name: {', '.join(twice)}", where=f"{where}: stages", remedy="name every stage once"
         )
+    if "base" in names:
+        raise RecipeError(
+            "a stage cannot be called base", where=f"{where}: stages", remedy="reports call the model the road starts from that"
+        )
     for index, stage in enumerate(recipe.stages):
         place = f"{where}: stages[{index}] ({stage.name})"
         stage_options(stage, f"{place}.options")
-        gate_policy(stage, f"{place}.gate")
+        check_policy(gate_policy(stage, f"{place}.gate"), f"{place}.gate", *_measured(recipe.evaluation))
     return recipe
+
+
+def _measured(evaluation: EvaluationRecipe) -> tuple[list[str] | None, list[str]]:
+    """The kinds of task that are measured (None: unknown here), and the metrics that are not."""
+    kinds = [kind for kind, count in evaluation.kinds.items() if count > 0] if evaluation.kinds and not evaluation.suite else None
+    counts = {
+        "schema_validity_free": evaluation.free,
+        "kl_to_parent": evaluation.drift,
+        "latency_s": evaluation.latency,
+        "latency_ratio": evaluation.latency,
+    }
+    return kinds, [metric for metric, count in counts.items() if count == 0]
 
 
 def stage_options(stage: StageRecipe, where: str = "options") -> Any:
@@ -218,7 +238,12 @@ def _override(value: dict[str, Any], text: str) -> None:
     *path, last = key.split(".")
     for part in path:
         place = _child(place, part, text)
-    parsed = yaml.load(raw, Loader=_StrictLoader)
+    try:
+        parsed = yaml.load(raw, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            "the value of an override is not YAML", where="override", value=text, remedy="quote it: 'key={a: 1}'"
+        ) from error
     if isinstance(place, list):
         place[_index(place, last, text)] = parsed
     elif isinstance(place, dict):

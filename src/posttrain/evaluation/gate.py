@@ -16,11 +16,13 @@ a candidate by chance; such a case is noted as inconclusive), or when its own va
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 from posttrain.errors import RecipeError
-from posttrain.evaluation.scorecard import Scorecard
+from posttrain.evaluation.scorecard import SUITE_METRICS, TASK_METRICS, Scorecard
 from posttrain.evaluation.statistics import paired_difference, unpaired_difference
 from posttrain.evaluation.verdict import Check, Outcome, Verdict
 
@@ -64,6 +66,43 @@ class GatePolicy:
     guardrails: tuple[Guardrail, ...] = ()
     proxy: str | None = None
     confidence: float = 0.95
+
+
+def check_policy(policy: GatePolicy, where: str, kinds: Collection[str] | None = None, left_out: Collection[str] = ()) -> None:
+    """Raises RecipeError for a policy that no scorecard of a run could answer: this is known before anything is trained. `kinds`: the
+    kinds of task that are measured (None: unknown); `left_out`: metrics that are not."""
+    if not policy.targets:
+        raise RecipeError("a gate without targets can promote nothing", where=where, remedy="name at least one target")
+    if not 0 < policy.confidence < 1:
+        raise RecipeError("a confidence lies between 0 and 1", where=where, value=policy.confidence, remedy="for example 0.95")
+    asked = [(f"{where}.targets[{i}]", target.metric, target.slice) for i, target in enumerate(policy.targets)]
+    asked += [(f"{where}.guardrails[{i}]", guardrail.metric, guardrail.slice) for i, guardrail in enumerate(policy.guardrails)]
+    asked += [(f"{where}.proxy", policy.proxy, None)] if policy.proxy else []
+    for place, metric, slice in asked:
+        known = [*TASK_METRICS, *SUITE_METRICS]
+        if metric not in known:
+            raise RecipeError("no such metric", where=place, value=metric, remedy=_nearest(metric, known))
+        if metric in left_out:
+            raise RecipeError(
+                "this metric is not measured", where=place, value=metric, remedy="raise its count under `evaluation`"
+            )
+        if slice is not None:
+            _check_slice(slice, metric, kinds, place)
+
+
+def _check_slice(slice: str, metric: str, kinds: Collection[str] | None, where: str) -> None:
+    key, equals, label = slice.partition("=")
+    if key not in ("kind", "tenant") or not equals or not label:
+        raise RecipeError("no such slice", where=where, value=slice, remedy="write kind=NAME or tenant=NAME")
+    if metric in SUITE_METRICS:
+        raise RecipeError(f"{metric} is of the whole suite, not of a slice", where=where, value=slice, remedy="leave `slice` out")
+    if key == "kind" and kinds is not None and label not in kinds:
+        raise RecipeError("no task of this kind is measured", where=where, value=label, remedy=_nearest(label, list(kinds)))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? known: {', '.join(known)}" if close else f"known: {', '.join(known)}"
 
 
 def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Verdict:

@@ -8,6 +8,14 @@ from typing import Any
 
 from posttrain.errors import DataError
 
+# of each task, where it applies to the task (evaluation/run.py)
+TASK_METRICS = (
+    "schema_validity_constrained", "schema_validity_free", "task_success", "tool_success", "groundedness", "high_risk_refusal",
+    "false_refusal", "verifier_pass", "verifier_score", "policy_conformity", "mean_length", "truncated", "unscored", "episode_s",
+)  # fmt: skip
+# of the whole suite only (pipeline/measure.py)
+SUITE_METRICS = ("kl_to_parent", "latency_s", "latency_ratio")
+
 
 @dataclass(frozen=True, slots=True)
 class Metric:
