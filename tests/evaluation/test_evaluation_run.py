@@ -150,6 +150,30 @@ def test_a_malformed_row_names_file_row_and_field(tmp_path: Path) -> None:
         Suite.load(str(path))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tenant": "bank_B"}, ("tenant", "'bank_B'", "bank_A")),
+        ({"verifier": "lookups"}, ("verifier", "'lookups'", "expected")),
+        ({"environment": {"world": "nowhere"}}, ("environment", "'nowhere'", "finance_ops")),
+        ({"expected": {"call": []}}, ("expected", "did you mean calls?")),
+        ({"expected": {"calls": "cash_position"}}, ("`calls` is malformed",)),
+        ({"expected": {"state": [{"sql": "SELECT 1", "rows": [[1]]}]}, "environment": {}}, ("a state is expected of no world",)),
+    ],
+)
+def test_a_task_that_nobody_could_play_or_judge_is_refused_with_its_row(
+    change: dict[str, object], said: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    row = {"id": "a", "request": "cash?", "tenant": "bank_A", "environment": {"world": "finance_ops", "seed": 3}}
+    good = {**row, "expected": {"calls": [{"name": "cash_position", "arguments": {}}]}}
+    path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "id": "b", **change}) + "\n")
+    with pytest.raises(DataError) as caught:
+        Suite.load(str(path))
+    for part in ("mine.jsonl:2", *said):
+        assert part in str(caught.value)
+
+
 def test_a_worlds_suite_is_a_function_of_split_seed_and_kinds() -> None:
     first, again, other = (Suite.load("finance_ops", seed=seed, kinds={"lookup": 3, "benign": 2}) for seed in (5, 5, 6))
     assert first.tasks == again.tasks

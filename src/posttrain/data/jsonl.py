@@ -68,10 +68,20 @@ def read_preferences(path: Path | str, defaults: Defaults | None = None) -> tupl
     return _read(Path(path), PREFERENCES, lambda row, form, name, trace: to_preference(row, form, name, given, trace))
 
 
-def read_tasks(path: Path | str, defaults: Defaults | None = None) -> tuple[list[Task], ReadReport]:
-    """Every row of a file of tasks. Raises like `read_conversations`; tools may be names in `defaults.catalogue`."""
+def read_tasks(
+    path: Path | str, defaults: Defaults | None = None, check: Callable[[Task], None] | None = None
+) -> tuple[list[Task], ReadReport]:
+    """Every row of a file of tasks. Raises like `read_conversations`; tools may be names in `defaults.catalogue`. `check` raises DataError,
+    its `where` a field of the row, for what only the reader's caller can know."""
     given = defaults or Defaults()
-    return _read(Path(path), TASKS, lambda row, _, name, trace: to_task(row, name, given, trace))
+
+    def convert(row: dict[str, Any], _: Format, name: str, trace: Trace) -> Task:
+        task = to_task(row, name, given, trace)
+        if check is not None:
+            check(task)
+        return task
+
+    return _read(Path(path), TASKS, convert)
 
 
 def write_jsonl(path: Path | str, records: Iterable[Record]) -> str:
