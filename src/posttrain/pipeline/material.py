@@ -14,6 +14,7 @@ from posttrain.errors import RecipeError
 from posttrain.recipe import DataOptions, StageRecipe
 from posttrain.stages.bench import derive
 
+_PARTS = 40  # of which each kind of task gets its share, where shares are not whole numbers
 _TRAJECTORIES = {"tool_trajectory": 1.0}
 _FOUR_SHAPES = {"single_turn": 0.2, "multi_turn": 0.2, "tool_trajectory": 0.4, "safety_style": 0.2}
 
@@ -31,10 +32,11 @@ class Material:
 
 def gather(stage: StageRecipe, world: World, seed: int) -> Material:
     """The stage's records, from the train split only. Raises RecipeError where data options do not fit the kind of stage."""
-    data = stage.data
+    data, where = stage.data, f"stages.{stage.name}.data"
+    _refuse_unused(stage, where)
     seed = data.seed if data.seed is not None else derive(seed, stage.name, "data") % 2**31
     if stage.kind == "adapters":
-        tenants = {tenant: _conversations(data, world, seed, _FOUR_SHAPES, tenant) for tenant in world.tenants}
+        tenants = _by_tenant(data, world, seed, where)
         return Material(tenants=tenants, hashes={tenant: dataset_hash(records) for tenant, records in tenants.items()})
     if stage.kind == "preference":
         pairs = _read(read_preferences, data) if data.path else world.preferences(n=data.n, split="train", seed=seed)
@@ -49,24 +51,72 @@ def gather(stage: StageRecipe, world: World, seed: int) -> Material:
         return Material(given, tasks=tasks, hashes={"tasks": dataset_hash(tasks), "conversations": dataset_hash(given)})
     shapes = _TRAJECTORIES if stage.kind == "tools" else _FOUR_SHAPES
     conversations = _conversations(data, world, seed, shapes)
+    if stage.kind == "tools" and not any(message.tool_calls for record in conversations for message in record.messages):
+        raise RecipeError("no record holds a tool call", where=where, remedy="give the stage tool trajectories")
     return Material(conversations, hashes={"conversations": dataset_hash(conversations)})
+
+
+# what decides about a stage's records, beside `path`, `n` and `seed`
+_SHAPED: tuple[str, ...] = ("shapes",)
+_USED = {
+    "sft": _SHAPED, "tools": _SHAPED, "adapters": _SHAPED, "preference": (), "reason": ("kinds",),
+    "distill": ("shapes", "kinds", "own_share"),
+}  # fmt: skip
+
+
+def _refuse_unused(stage: StageRecipe, where: str) -> None:
+    """RecipeError for a key that would decide nothing: whoever wrote it believes that it does."""
+    data = stage.data
+    unused = data.model_fields_set - {"path", "n", "seed", *_USED[stage.kind]}
+    if data.path is not None and stage.kind != "distill":  # a student plays tasks beside the file's records
+        unused |= data.model_fields_set - {"path"}
+    if data.path is not None and stage.kind == "distill":
+        unused |= data.model_fields_set & {"shapes"}
+        if data.own_share == 1:
+            raise RecipeError(
+                "the file would not be read: the teacher answers all of the tasks itself", where=f"{where}.path", value=data.path,
+                remedy="give own_share, the share of n that is the teacher's; 0 learns from the file alone",
+            )  # fmt: skip
+    if unused:
+        beside = f" beside a path, for {stage.kind}" if data.path is not None else f" for {stage.kind}"
+        raise RecipeError(f"decides nothing{beside}", where=f"{where}.{sorted(unused)[0]}", remedy="leave it out")
+
+
+def _by_tenant(data: DataOptions, world: World, seed: int, where: str) -> dict[str, list[Conversation]]:
+    """Each tenant's own records. Of a file, every record must be some tenant's, and every tenant must have one."""
+    if data.path is None:
+        return {tenant: _conversations(data, world, seed, _FOUR_SHAPES, tenant) for tenant in world.tenants}
+    tenants: dict[str, list[Conversation]] = {tenant: [] for tenant in world.tenants}
+    known = f"the world's tenants are {', '.join(tenants)}"
+    for record in _read(read_conversations, data):
+        if record.tenant not in tenants:
+            where = f"{data.path}: record {record.id}: tenant"
+            raise RecipeError("is none of the world's", where=where, value=record.tenant or "", remedy=known)
+        tenants[record.tenant].append(record)
+    without = [tenant for tenant, records in tenants.items() if not records]
+    if without:
+        raise RecipeError(f"holds no record of {', '.join(without)}", where=f"{where}.path", value=data.path, remedy=known)
+    return tenants
 
 
 def _conversations(
     data: DataOptions, world: World, seed: int, shapes: dict[str, float], tenant: str | None = None
 ) -> list[Conversation]:
     if data.path:
-        records = _read(read_conversations, data)
-        return [record for record in records if tenant in (None, record.tenant)]
+        records: list[Conversation] = _read(read_conversations, data)
+        return records
     return world.conversations(shapes=data.shapes or shapes, n=data.n, split="train", seed=seed, tenant=tenant)
 
 
 def _kinds(stage: StageRecipe) -> list[str]:
-    if not stage.data.kinds:
+    if not any(share > 0 for share in stage.data.kinds.values()):
         raise RecipeError(
             "the stage needs kinds of tasks", where=f"stages.{stage.name}.data.kinds", remedy="for example kinds: {reconcile: 1}"
         )
-    return [kind for kind, share in stage.data.kinds.items() for _ in range(max(1, round(share)))]
+    shares = {kind: share for kind, share in stage.data.kinds.items() if share > 0}
+    whole = all(share == int(share) for share in shares.values())
+    parts = 1.0 if whole else _PARTS / sum(shares.values())
+    return [kind for kind, share in shares.items() for _ in range(max(1, round(share * parts)))]
 
 
 def _read(reader: Any, data: DataOptions) -> Any:
