@@ -141,17 +141,17 @@ def promote(
 
 @app.command()
 def rollback(
-    channel: str,
+    channels: Annotated[list[str], typer.Argument(help="Channels that go back together: all of them, or none.")],
     by: Annotated[str, typer.Option(help="Who decides.")],
     why: Annotated[str, typer.Option(help="Reason, kept in the history.")],
     runs: Root = _RUNS,
 ) -> None:
-    """Point a channel back at the release before."""
+    """Point channels back at the release before, a production channel and its tenants' in one command."""
     from posttrain.pipeline.registry import open_registry
 
     with _friendly():
-        move = open_registry(runs)[1].rollback(channel, by, why)
-        typer.echo(f"{channel}: {move.previous} -> {move.release}")
+        for move in open_registry(runs)[1].roll_back_together(channels, by, why):
+            typer.echo(f"{move.channel}: {move.previous} -> {move.release}")
 
 
 @app.command()

@@ -142,4 +142,7 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+    except ValueError as error:  # not JSON, or not text
+        raise DataError(f"is not JSON ({error})", where=str(path), remedy="let `posttrain run` write it again") from error

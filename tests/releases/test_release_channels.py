@@ -60,6 +60,20 @@ def test_rollback_goes_back_one_accepted_release_at_a_time(channels: Channels, i
     assert channels.current("bank_A") == ids[0]
 
 
+def test_channels_go_back_together_or_not_at_all(channels: Channels, ids: list[str]) -> None:
+    for channel in ("production", "bank_A"):
+        for release in ids[:2]:
+            channels.promote(channel, release, "ann", "x")
+    channels.promote("saas_C", ids[1], "ann", "its first")
+    with pytest.raises(RegistryError, match=r"saas_C.*no earlier release"):
+        channels.roll_back_together(["production", "bank_A", "saas_C"], "bob", "complaints")
+    assert channels.current("production") == channels.current("bank_A") == ids[1]
+    moves = channels.roll_back_together(["production", "bank_A", "production"], "bob", "complaints")
+    assert [(move.channel, move.previous, move.release) for move in moves] == [
+        ("production", ids[1], ids[0]), ("bank_A", ids[1], ids[0]),
+    ]  # fmt: skip
+
+
 def test_after_a_rollback_and_a_promotion_the_way_back_skips_what_was_rolled_back(channels: Channels, ids: list[str]) -> None:
     promote_all(channels, ids[:2])
     channels.rollback("bank_A", "bob", "bad")

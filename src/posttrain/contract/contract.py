@@ -179,7 +179,15 @@ class Contract:
         """The contract saved in a folder, verified against its own lock; a folder without a lock gets the fitting template."""
         from transformers import AutoTokenizer  # slow import, only needed here
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ContractError(
+                f"the folder's tokenizer cannot be read ({reason})",
+                where=str(folder),
+                remedy="keep tokenizer.json beside the weights",
+            ) from error
         path = Path(folder) / LOCK_FILE
         lock = ContractLock.read(path) if path.exists() else None
         contract = cls(tokenizer, lock.template if lock else None)

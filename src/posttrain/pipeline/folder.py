@@ -7,7 +7,7 @@ import platform
 import resource
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 
 from posttrain.errors import RecipeError
 from posttrain.files import ChainLog
-from posttrain.files.atomic import write_json, write_text
+from posttrain.files.atomic import storage_errors, write_json, write_text
 from posttrain.recipe import Recipe
 
 _LIBRARIES = ("posttrain", "torch", "transformers", "peft", "accelerate", "llguidance", "safetensors", "numpy")
@@ -32,7 +32,8 @@ class RunFolder:
         import yaml
 
         folder = cls(Path(recipe.output) / recipe.name)
-        folder.root.mkdir(parents=True, exist_ok=True)
+        with storage_errors(folder.root):
+            folder.root.mkdir(parents=True, exist_ok=True)
         note = folder.root / "run.json"
         if note.exists():
             known = json.loads(note.read_text("utf-8"))
@@ -99,8 +100,20 @@ class Clock:
         return sum(self.parts.values())
 
 
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def forget_peak_memory() -> None:
+    """Let the peak start anew from what is held now (Linux; elsewhere it stays the whole process's)."""
+    with suppress(OSError):
+        _CLEAR.write_text("5")
+
+
 def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in MiB."""
+    """Largest resident set of this process since `forget_peak_memory`, in MiB."""
+    with suppress(OSError, StopIteration, ValueError):
+        line = next(line for line in _STATUS.read_text("utf-8").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1024 / (1024 if platform.system() == "Darwin" else 1)
 

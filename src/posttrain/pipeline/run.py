@@ -17,7 +17,7 @@ from posttrain.files.hashing import sha256_of
 from posttrain.pipeline.assist import Order, assist, call
 from posttrain.pipeline.checks import check_depth, check_disk, check_material, check_sharding
 from posttrain.pipeline.console import Console
-from posttrain.pipeline.folder import Clock, RunFolder, peak_memory_mb
+from posttrain.pipeline.folder import Clock, RunFolder, forget_peak_memory, peak_memory_mb
 from posttrain.pipeline.material import Material, gather
 from posttrain.pipeline.measure import Measurer
 from posttrain.pipeline.parents import Parents, Weights
@@ -103,6 +103,7 @@ class _Run:
         if done is None:
             self.console.stage(BASE, self.recipe.base)
             clock = Clock()
+            forget_peak_memory()
             with clock.part("load"):
                 runtime = Runtime.load(self.parents.base_weights().folder, self.dtype, self.device)
             with clock.part("evaluate"):
@@ -130,6 +131,7 @@ class _Run:
     def _pull(self, stage: StageRecipe, material: Material, road: Road) -> dict[str, Any]:
         self.console.stage(stage.name, stage.kind)
         clock = Clock()
+        forget_peak_memory()
         with clock.part("load"):
             base = self.parents.base_weights()
             parent = base if road.accepted is None else self.parents.merged(road.accepted)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from posttrain.errors import RecipeError
 from posttrain.pipeline.registry import open_registry
 from posttrain.pipeline.runtime import prepare_process
 
@@ -17,6 +19,7 @@ def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[s
 
     prepare_process(None)
     place = find_device(device)
+    check_address(host, port)
     registry, channels = open_registry(runs)
     keys = runs / "keys.json"
     issued = ensure_keys(keys, channels)
@@ -34,6 +37,22 @@ def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[s
     serve(app, host, port)
 
 
+def check_address(host: str, port: int) -> None:
+    """RecipeError for an address that nobody can listen on, before keys are issued or weights are read."""
+    where = f"{host}:{port}"
+    if not 0 < port < 65536:
+        raise RecipeError("a port lies between 1 and 65535", where=where, remedy="name another with --port")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot listen there ({error.strerror or error})", where=where, remedy="name another address with --host and --port"
+        ) from error
+
+
 def serve_engine(base: str, host: str, port: int, say: Callable[[str], None], device: str = "auto") -> None:
     """An engine for training's samples over one base (see `serving.completions`). Blocks until interrupted."""
     from posttrain.pipeline.runtime import Runtime
@@ -44,6 +63,7 @@ def serve_engine(base: str, host: str, port: int, say: Callable[[str], None], de
 
     prepare_process(None)
     place = find_device(device)
+    check_address(host, port)
     runtime = Runtime.load(resolve_base(base), device=place)
     context = int(runtime.policy.config.get_text_config().max_position_embeddings)
     engine = SamplerEngine(runtime.policy, runtime.sampler, runtime.contract.end_of_turn, context)

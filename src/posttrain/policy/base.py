@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import BaseModelError, IntegrityError
+from posttrain.errors import BaseModelError, IntegrityError, StorageError
 from posttrain.files.atomic import atomic_folder, write_json
 from posttrain.files.hashing import hash_file
 
@@ -178,7 +178,9 @@ def _dequantise(gguf: Path, target: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """Free space of the file system that holds `path` (or its nearest existing parent)."""
+    """Free space of the file system that holds `path` (or its nearest existing parent). StorageError where that is no folder."""
     while not path.exists():
         path = path.parent
+    if not path.is_dir():
+        raise StorageError("is a file, not a folder", where=str(path), remedy="name a folder")
     return shutil.disk_usage(path).free

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -76,20 +76,33 @@ class Channels:
 
         Raises RegistryError when there is none, IntegrityError when it was altered since: the channel then stays where it is.
         """
-        _check_move(channel, by, why)
+        return self.roll_back_together([channel], by, why)[0]
+
+    def roll_back_together(self, channels: Sequence[str], by: str, why: str) -> list[Move]:
+        """`rollback` of several channels, all of which are checked before one is moved: adapters go back with the base they belong to."""
+        for channel in channels:
+            _check_move(channel, by, why)
         with self._locked():
-            stack = _stacks(self._moves()).get(channel)
-            if stack is None:
-                raise unknown("channel", channel, self.names())
-            if len(stack) < 2:
-                raise RegistryError(
-                    "there is no earlier release to go back to",
-                    where=f"channel {channel}",
-                    value=stack[-1],
-                    remedy="promote another release instead",
-                )
-            target = self.registry.get(stack[-2])
-            return self._append(Action.ROLLBACK, channel, target.id, stack[-1], (by, why))
+            stacks = _stacks(self._moves())
+            targets = {channel: self._before(channel, stacks) for channel in dict.fromkeys(channels)}
+            return [
+                self._append(Action.ROLLBACK, channel, target.id, stacks[channel][-1], (by, why))
+                for channel, target in targets.items()
+            ]
+
+    def _before(self, channel: str, stacks: Mapping[str, list[str]]) -> Release:
+        """The release accepted before the present one, verified."""
+        stack = stacks.get(channel)
+        if stack is None:
+            raise unknown("channel", channel, list(stacks))
+        if len(stack) < 2:
+            raise RegistryError(
+                "there is no earlier release to go back to",
+                where=f"channel {channel}",
+                value=stack[-1],
+                remedy="promote another release instead",
+            )
+        return self.registry.get(stack[-2])
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
