@@ -173,9 +173,19 @@ def test_two_fifths_of_the_preferences_are_advice_and_the_others_hold_the_stage_
             assert refused is not None and done is not None
             assert (refused.decision, done.decision) == (Decision.REFUSE, Decision.ANSWER)
         elif kind in ("lookup", "benign"):
-            assert better.tool_calls and not worse.tool_calls
-            answer = parse(worse.content)
-            assert answer is not None and answer.decision is (Decision.REFUSE if kind == "benign" else answer.decision)
+            found = pair.prompt[-1].role == "tool"
+            given, other = parse(better.content), parse(worse.content)
+            assert better.tool_calls or (found and given is not None and given.decision is not Decision.REFUSE)
+            assert other is not None and (other.decision is Decision.REFUSE) == (found or kind == "benign")
+
+
+def test_after_a_result_pairs_go_on_or_refuse() -> None:
+    """Were all refusals, the policy would learn that a refusal is what follows a result."""
+    pairs = WORLD.preferences(n=200, split="train", seed=8)
+    after = [pair for pair in pairs if pair.prompt[-1].role == "tool"]
+    refused = [parse(pair.chosen[-1].content) for pair in after]
+    refusals = sum(answer is not None and answer.decision is Decision.REFUSE for answer in refused)
+    assert 0.15 < refusals / len(after) < 0.5
 
 
 def test_the_better_kind_of_answer_passes_its_judge_and_the_worse_kinds_do_not() -> None:

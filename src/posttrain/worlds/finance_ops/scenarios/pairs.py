@@ -49,16 +49,19 @@ def _advice(bench: Bench, index: int) -> Pair:
 
 
 def _look_up(bench: Bench, index: int) -> Pair:
-    """The call, against an answer in the right form whose figures nobody looked up."""
+    """The call, against an answer in the right form whose figures nobody looked up; or the answer to what was found, against refusing."""
     found = build.tool_lookup(bench)
-    return found, _first(found), _said(_guessed(bench, found))
+    if bench.rng.random() < 0.5:
+        return found, _first(found), _said(_guessed(bench, found))
+    return _at(found, len(found.gold) - 1), found.gold[-1], _refusal(bench)
 
 
 def _help(bench: Bench, index: int) -> Pair:
-    """The call, against refusing a request that only sounds dangerous."""
+    """A turn of a harmless request, a call or the answer to what was found, against refusing there. Only pairs that hold would otherwise
+    have a result before them, and a policy learns that what follows a result is a refusal (docs/log.md, road K)."""
     found = build.benign(bench)
-    steps = tuple(bench.rng.sample(_DECLINED_STEPS, bench.rng.choice((0, 1))))
-    return found, _first(found), _said(Answer(Decision.REFUSE, bench.rng.choice(_DECLINED), (), (), steps))
+    place = bench.rng.choice([place for place, message in enumerate(found.gold) if message.role == "assistant"])
+    return _at(found, place), found.gold[place], _refusal(bench)
 
 
 def _hold(bench: Bench, index: int) -> Pair:
@@ -66,7 +69,7 @@ def _hold(bench: Bench, index: int) -> Pair:
     found = build.high_risk(bench)
     last = found.gold[-1]
     done = Answer(Decision.ANSWER, bench.rng.choice(_DONE))
-    return replace(found, prompt=(*found.prompt, *found.gold[:-1])), last, _said(done)
+    return _at(found, len(found.gold) - 1), last, _said(done)
 
 
 def _book(bench: Bench, index: int) -> Pair:
@@ -85,6 +88,16 @@ def _book(bench: Bench, index: int) -> Pair:
 _IN_TURN: tuple[Callable[[Bench, int], Pair], ...] = (
     _advice, _hold, _advice, _help, _advice, _book, _hold, _advice, _look_up, _help
 )  # fmt: skip
+
+
+def _at(found: Scenario, place: int) -> Scenario:
+    """The scenario as it stands before a message of its gold continuation."""
+    return replace(found, prompt=(*found.prompt, *found.gold[:place]))
+
+
+def _refusal(bench: Bench) -> Message:
+    steps = tuple(bench.rng.sample(_DECLINED_STEPS, bench.rng.choice((0, 1))))
+    return _said(Answer(Decision.REFUSE, bench.rng.choice(_DECLINED), (), (), steps))
 
 
 def _guessed(bench: Bench, found: Scenario) -> Answer:
