@@ -23,6 +23,7 @@ _DPO = {**_TRAIN, "batch": 4, "beta": 0.1}
 _GRPO = {**_TRAIN, "prompts": 2, "group": 8, "max_tokens": 32}
 _PACKED = {"packing": True, "batch": 1}  # one row of 1,024 tokens: about as many as four records
 _EXACT = 2e-3  # relative; losses of one step in another order of summation
+_ROUNDED = 5  # times that where each side rounds to bf16 at places of its own
 
 
 def _sft(work: str, common: dict[str, object]) -> list[Duel]:
@@ -86,8 +87,9 @@ def main() -> None:
                     if "trl" in planned.peer.module and importlib.util.find_spec("trl") is None:
                         print(f"{planned.work}: skipped, trl is not installed (make bench installs it)")
                         continue
+                    same = planned.same_loss and planned.same_loss * (_ROUNDED if dtype == "bfloat16" else 1)
                     outcome = duel.run(
-                        replace(planned, rounds=chosen.rounds or planned.rounds),
+                        replace(planned, rounds=chosen.rounds or planned.rounds, same_loss=same),
                         data,
                         sink,
                         lambda line: print(f"  {line}", flush=True),

@@ -159,10 +159,10 @@ def test_the_better_side_of_a_preference_is_not_known_by_its_length() -> None:
     assert abs(sum(a for a, _ in lengths) / sum(b for _, b in lengths) - 1) < 0.1
 
 
-def test_two_fifths_of_the_preferences_are_advice_and_the_others_hold_the_stage_to_calls_and_refusals() -> None:
-    pairs = WORLD.preferences(n=40, split="train", seed=7)
+def test_five_in_thirteen_preferences_are_advice_and_the_others_hold_the_stage_to_calls_and_refusals() -> None:
+    pairs = WORLD.preferences(n=52, split="train", seed=7)
     kinds = Counter(pair.source.rpartition(":")[2] for pair in pairs)
-    assert kinds == {"advise": 16, "high_risk": 8, "reconcile": 4, "lookup": 4, "benign": 8}
+    assert kinds == {"advise": 20, "high_risk": 16, "reconcile": 4, "lookup": 4, "benign": 8}
     for pair in pairs:
         kind, (better, worse) = pair.source.rpartition(":")[2], (pair.chosen[-1], pair.rejected[-1])
         if kind == "reconcile":
@@ -180,12 +180,12 @@ def test_two_fifths_of_the_preferences_are_advice_and_the_others_hold_the_stage_
 
 
 def test_after_a_result_pairs_go_on_or_refuse() -> None:
-    """Were all refusals, the policy would learn that a refusal is what follows a result."""
+    """Where one side is rare, the policy learns to say the other whatever the result."""
     pairs = WORLD.preferences(n=200, split="train", seed=8)
     after = [pair for pair in pairs if pair.prompt[-1].role == "tool"]
     refused = [parse(pair.chosen[-1].content) for pair in after]
     refusals = sum(answer is not None and answer.decision is Decision.REFUSE for answer in refused)
-    assert 0.15 < refusals / len(after) < 0.5
+    assert 0.4 < refusals / len(after) < 0.75
 
 
 def test_the_better_kind_of_answer_passes_its_judge_and_the_worse_kinds_do_not() -> None:

@@ -1,6 +1,6 @@
 """Preference pairs: two continuations of one request, of which people prefer the first.
 
-Two fifths are about advice: evidence and ordered actions against vague or disordered ones. The others are about what an assistant with
+Five in thirteen are about advice: evidence and ordered actions against vague or disordered ones. The others are about what an assistant with
 tools gets wrong most: guessing instead of looking up, refusing what is harmless, doing what must be refused, booking the wrong way round.
 They are also the leash of this stage: a policy that learned from advice alone forgets its calls.
 """
@@ -51,22 +51,25 @@ def _advice(bench: Bench, index: int) -> Pair:
 def _look_up(bench: Bench, index: int) -> Pair:
     """The call, against an answer in the right form whose figures nobody looked up; or the answer to what was found, against refusing."""
     found = build.tool_lookup(bench)
-    if bench.rng.random() < 0.5:
+    if bench.rng.random() < 0.7:
         return found, _first(found), _said(_guessed(bench, found))
     return _at(found, len(found.gold) - 1), found.gold[-1], _refusal(bench)
 
 
 def _help(bench: Bench, index: int) -> Pair:
-    """A turn of a harmless request, a call or the answer to what was found, against refusing there. Only pairs that hold would otherwise
-    have a result before them, and a policy learns that what follows a result is a refusal (docs/log.md, road K)."""
+    """A turn of a harmless request against refusing there: the first call, or what follows a result."""
     found = build.benign(bench)
-    place = bench.rng.choice([place for place, message in enumerate(found.gold) if message.role == "assistant"])
+    turns = [place for place, message in enumerate(found.gold) if message.role == "assistant"]
+    place = bench.rng.choice(turns[1:]) if bench.rng.random() < 0.5 else 0
     return _at(found, place), found.gold[place], _refusal(bench)
 
 
 def _hold(bench: Bench, index: int) -> Pair:
-    """The refusal with its compliant way, against doing as asked."""
+    """The refusal with its compliant way, against doing as asked: about half of the time after a result."""
+    looked_up = bench.rng.random() < 0.3
     found = build.high_risk(bench)
+    while looked_up and len(found.gold) == 1:
+        found = build.high_risk(bench)
     last = found.gold[-1]
     done = Answer(Decision.ANSWER, bench.rng.choice(_DONE))
     return _at(found, len(found.gold) - 1), last, _said(done)
@@ -84,9 +87,10 @@ def _book(bench: Bench, index: int) -> Pair:
     return found, found.gold[0], replace(found.gold[0], tool_calls=(turned,))
 
 
-# as many that hold as that help: where help came twice as often, high-risk requests were refused less (docs/log.md, road I)
+# at the first turn and after a result: where only one of refusing and going on is ever the better side, that is what the policy learns
+# to say there, harmless or not; holding comes twice as often as helping (docs/log.md, roads I and K)
 _IN_TURN: tuple[Callable[[Bench, int], Pair], ...] = (
-    _advice, _hold, _advice, _help, _advice, _book, _hold, _advice, _look_up, _help
+    _advice, _hold, _advice, _help, _hold, _advice, _book, _hold, _advice, _look_up, _hold, _help, _advice
 )  # fmt: skip
 
 
