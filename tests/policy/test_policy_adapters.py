@@ -278,3 +278,16 @@ def test_weights_in_pickle_format_are_not_loaded(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(BaseModelError):
         Policy.load(tmp_path, torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_adapter_being_trained_gives_its_references_bits(family: str) -> None:
+    """Or DPO starts from a preference that is rounding."""
+    policy = Policy(stored(tiny_model(family), torch.bfloat16))
+    policy.add_adapter("main", LoraOptions(rank=2), seed=1)
+    for parameter in policy.adapter_parameters("main").values():
+        parameter.requires_grad_(True)
+    pack = Pack.of([sequence([5, 6, 7, *range(10, 40)]), sequence([5, 6, 7, *range(20, 60)])])
+    with policy.only_base():
+        reference = policy.logprobs(pack)
+    assert torch.equal(policy.logprobs(pack).detach(), reference)

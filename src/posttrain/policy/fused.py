@@ -307,8 +307,9 @@ def _add(sums: list[Tensor], parts: tuple[Tensor, Tensor]) -> None:
 def _norm_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
     if x.dtype not in (torch.float32, torch.bfloat16) or module.weight.requires_grad or module.weight.dtype != x.dtype:
         return plain(x)
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon) if x.dtype == torch.float32 else plain(x)
+    if x.dtype == torch.float32 and not (torch.is_grad_enabled() and x.requires_grad):
+        return F.rms_norm(x, (x.shape[-1],), module.weight, module.variance_epsilon)
+    # in bf16 the same with and without gradients: a fresh adapter must give its reference's bits, and DPO start at log 2
     out: Tensor = _RmsNorm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-untyped-call]
     return out
 
