@@ -1,8 +1,8 @@
 """Preference pairs: two continuations of one request, of which people prefer the first.
 
-Five in thirteen are about advice: evidence and ordered actions against vague or disordered ones. The others are about what an assistant with
-tools gets wrong most: guessing instead of looking up, refusing what is harmless, doing what must be refused, booking the wrong way round.
-They are also the leash of this stage: a policy that learned from advice alone forgets its calls.
+Five in thirteen are about advice: evidence and ordered actions against vague or disordered ones. The others are about what an assistant
+with tools gets wrong most: guessing instead of looking up, refusing what is harmless, doing what must be refused, booking the wrong way
+round. They are also the leash of this stage: a policy that learned from advice alone forgets its calls.
 """
 
 from __future__ import annotations
