@@ -75,8 +75,8 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("ratio, above 1: posttrain is better")
     axes.set_title(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    axes.margins(y=0.01)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # whatever the labels' length
     pyplot.close(figure)
 
 
