@@ -114,5 +114,8 @@ class Console:
         minutes = summary.seconds / 60
         self.say(f"\n{minutes:.1f} minutes, peak memory {summary.peak_memory_mb:.0f} MB")
         self.say(f"report: {page}")
+        if not summary.channels:
+            self.say("no stage passed its gate: there is nothing to serve")
+            return
         command = sys.argv[0] if Path(sys.argv[0]).name == "posttrain" else "posttrain"
         self.say(f"serve:  {command} serve --runs {recipe.output} --base {recipe.base}")
