@@ -13,6 +13,7 @@ from posttrain.data.records import Conversation, Preference, Task
 from posttrain.errors import RecipeError
 from posttrain.recipe import DataOptions, StageRecipe
 from posttrain.stages.bench import derive
+from posttrain.stages.tools import hold_calls
 
 _PARTS = 40  # of which each kind of task gets its share, where shares are not whole numbers
 _TRAJECTORIES = {"tool_trajectory": 1.0}
@@ -51,7 +52,7 @@ def gather(stage: StageRecipe, world: World, seed: int) -> Material:
         return Material(given, tasks=tasks, hashes={"tasks": dataset_hash(tasks), "conversations": dataset_hash(given)})
     shapes = _TRAJECTORIES if stage.kind == "tools" else _FOUR_SHAPES
     conversations = _conversations(data, world, seed, shapes)
-    if stage.kind == "tools" and not any(message.tool_calls for record in conversations for message in record.messages):
+    if stage.kind == "tools" and not hold_calls(conversations):
         raise RecipeError("no record holds a tool call", where=where, remedy="give the stage tool trajectories")
     return Material(conversations, hashes={"conversations": dataset_hash(conversations)})
 

@@ -149,11 +149,11 @@ class TreeStream(TreeRun):
         place, common = self._alike(adapter, prompt)
         if common >= max(reach, MIN_TRUNK) and common >= (len(trunk.ids) if trunk else 0) + MIN_TRUNK:
             donor = self.family[self.rows[place].index]
-            keys, values = self.cache.copy(place)
             own = common - len(donor.ids)
             if own >= _PLANTED:
-                trunk, strip = self.memory.plant(donor, prompt[:common], keys, values), None
+                trunk, strip = self.memory.plant(donor, prompt[:common], *self.cache.copy(place)), None
             elif common > reach:
+                keys, values = self.cache.copy(place)
                 family, strip = donor, Strip(prompt[:common], [k[:, :own] for k in keys], [v[:, :own] for v in values])
         if strip is not None and family is not None:
             self.family[row.index], self.strips[row.index] = family, strip

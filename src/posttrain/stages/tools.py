@@ -16,10 +16,14 @@ from posttrain.stages.bench import Workbench
 ToolOptions = sft.SftOptions
 
 
+def hold_calls(conversations: Sequence[Conversation]) -> bool:
+    """Whether any record holds a tool call."""
+    return any(message.tool_calls for conversation in conversations for message in conversation.messages)
+
+
 def run(options: ToolOptions, conversations: Sequence[Conversation], bench: Workbench, name: str = "main") -> str | None:
     """Train on trajectories; at least one record must hold a call, or the stage would teach nothing it is named for."""
-    with_calls = sum(any(message.tool_calls for message in conversation.messages) for conversation in conversations)
-    if with_calls == 0:
+    if not hold_calls(conversations):
         raise DataError(
             "no record holds a tool call", where="tools.data", remedy="give the stage tool trajectories (shape tool_trajectory)"
         )
