@@ -7,17 +7,18 @@ query may see are never computed and no [T, T] mask exists.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from posttrain.policy import flex
+from posttrain.policy.half import HalfAttention
 from posttrain.policy.pack import Pack
 
 NAME = "posttrain"
@@ -27,46 +28,6 @@ class AttentionContext(Protocol):
     """Decides what one attention layer computes. q [1, H, T, D]; k, v [1, Hkv, T, D]; returns [1, H, T, D]."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor: ...
-
-
-def grouped_sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool = False) -> Tensor:
-    """Scaled dot-product attention with H query heads over Hkv <= H key heads. `mask` [n, S] bool: what a query may see."""
-    half_on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
-    if half_on_cpu and torch.is_grad_enabled() and q.requires_grad:
-        out: Tensor = _HalfAttention.apply(q, k, v, scale, mask, causal)  # type: ignore[no-untyped-call]
-        return out
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-    )
-
-
-class _HalfAttention(torch.autograd.Function):
-    """Attention in bf16 on a CPU with its gradients computed in float32: PyTorch's kernel takes three to four times as long for them in
-    bf16, and rounds them more (docs/performance.md)."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, causal: bool) -> Tensor:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, attn_mask=_additive(mask, q.dtype), scale=scale
-        )
-        ctx.save_for_backward(q, k, v, out, lse, mask)
-        ctx.scale, ctx.causal = scale, causal
-        return out  # type: ignore[no-any-return]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, mask = ctx.saved_tensors
-        wide = (tensor.float() for tensor in (gradients[0], q, k, v, out))
-        found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *wide, lse, 0.0, ctx.causal, attn_mask=_additive(mask, torch.float32), scale=ctx.scale
-        )
-        return *(gradient.to(q.dtype) for gradient in found), None, None, None
-
-
-def _additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """[n, S] bool -> [1, 1, n, S]: 0 where a query may look, else -inf."""
-    return None if mask is None else torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))[None, None]
 
 
 @dataclass(slots=True)
@@ -80,6 +41,7 @@ class TreeAttention:
     _paths: list[list[int]] = field(default_factory=list)  # each node's ancestors, root first, and itself
     _sizes: list[int] = field(default_factory=list)
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _runs: dict[tuple[int | None, int, int], list[tuple[slice, slice, Tensor | None]]] = field(default_factory=dict)
     _trees: dict[int | None, Any] = field(default_factory=dict)  # block masks by window
 
     def __post_init__(self) -> None:
@@ -93,27 +55,64 @@ class TreeAttention:
             if window not in self._trees:
                 self._trees[window] = flex.block_mask(self.pack, window, q.device)
             return flex.attend(q, k, v, self._trees[window], scale)
+        half_on_cpu = q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[-1] == v.shape[-1]
+        if half_on_cpu and torch.is_grad_enabled() and q.requires_grad:
+            out: Tensor = HalfAttention.apply(q, k, v, scale, window, self)  # type: ignore[no-untyped-call]
+            return out
+        fewer = q.shape[1] != k.shape[1]
+        parts = [
+            F.scaled_dot_product_attention(asking, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=fewer)
+            for asking, keys, values, mask in self.by_query(q, k, v, window)
+        ]
+        return torch.cat(parts, dim=2)
+
+    def by_query(
+        self, q: Tensor, k: Tensor, v: Tensor, window: int | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Each node's queries, the keys and values on its path, and the additive mask [1, 1, queries, keys] over them (None: causal)."""
         # split once, not sliced per node: the gradient of a slice is a zero tensor of the whole pack
         queries, keys, values = (torch.split(tensor, self._sizes, dim=2) for tensor in (q, k, v))
-        outputs = []
         for index, path in enumerate(self._paths):
-            k_node, v_node = _join(keys, path), _join(values, path)
             plain = len(path) == 1 and (window is None or self._sizes[index] <= window)
-            mask = None if plain else self._mask(index, window, q.device)
-            outputs.append(grouped_sdpa(queries[index], k_node, v_node, scale, mask, causal=plain))
-        return torch.cat(outputs, dim=2)
+            mask = None if plain else self._mask(index, window, q)
+            yield queries[index], _join(keys, path), _join(values, path), mask
 
-    def _mask(self, index: int, window: int | None, device: torch.device) -> Tensor:
-        """[queries, keys] bool: position of the key is not later, and within the sliding window if there is one."""
+    def _mask(self, index: int, window: int | None, like: Tensor) -> Tensor:
+        """0 where a query may look, else -inf."""
         if (index, window) not in self._masks:
             parts = torch.split(self.pack.positions, self._sizes)
-            q_positions = parts[index][:, None]
-            k_positions = torch.cat([parts[node] for node in self._paths[index]])[None]
-            allowed = k_positions <= q_positions
-            if window is not None:
-                allowed &= k_positions > q_positions - window
-            self._masks[index, window] = allowed.to(device)
+            blind = _blind(parts[index], torch.cat([parts[node] for node in self._paths[index]]), window)
+            added = torch.zeros(blind.shape, dtype=like.dtype).masked_fill_(blind, float("-inf"))
+            self._masks[index, window] = added[None, None].to(like.device)
         return self._masks[index, window]
+
+    def by_key(self, window: int | None, repeat: int, pairs: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
+        """Each node's keys, with the queries that see them: a run of its subtree, where each token stands for `repeat` queries, and which
+        pairs are blind [queries, keys] (None: none is; fewer rows: of the first queries). A run has at most about `pairs` pairs."""
+        if (window, repeat, pairs) not in self._runs:
+            self._runs[window, repeat, pairs] = list(self._by_key(window, repeat, pairs))
+        yield from self._runs[window, repeat, pairs]
+
+    def _by_key(self, window: int | None, repeat: int, pairs: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
+        positions, ends = self.pack.positions, self.pack.reach()
+        for node, end in zip(self.pack.nodes, ends, strict=True):
+            keys = slice(node.start, node.end)
+            step = max(1, pairs // (node.end - node.start))
+            for start in range(node.start, end, step):
+                stop = min(start + step, end)
+                # behind the node itself only a window can hide a key
+                hidden = stop if window is not None else min(stop, node.end)
+                blind = _blind(positions[start:hidden], positions[keys], window)
+                yield (
+                    slice(start * repeat, stop * repeat), keys,
+                    blind.repeat_interleave(repeat, 0) if blind.any() else None,
+                )  # fmt: skip
+
+
+def _blind(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """[queries, keys] bool by their positions: the key is later, or before the sliding window if there is one."""
+    blind = keys[None] > queries[:, None]
+    return blind if window is None else blind | (keys[None] <= queries[:, None] - window)
 
 
 def _own(kept: Tensor) -> Tensor:

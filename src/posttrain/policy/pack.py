@@ -115,6 +115,14 @@ class Pack:
             parent = self.nodes[parent].parent
         return path[::-1]
 
+    def reach(self) -> list[int]:
+        """Where each node's subtree ends: its tokens and its descendants' are one run from the node's start."""
+        ends = [node.end for node in self.nodes]
+        for index in range(len(ends) - 1, -1, -1):
+            if self.nodes[index].parent >= 0:
+                ends[self.nodes[index].parent] = max(ends[self.nodes[index].parent], ends[index])
+        return ends
+
     def sequence_rows(self, b: int) -> Tensor:
         """[length] pack row of every token of sequence b, in order."""
         path = [*self.ancestors(self.leaves[b]), self.leaves[b]]
