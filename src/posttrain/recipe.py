@@ -52,7 +52,7 @@ class EvaluationRecipe(_Strict):
     seed: int = 1
     kinds: dict[str, int] = {}
     suite: str | None = None
-    max_tokens: int = Field(160, gt=0)
+    max_tokens: int = Field(192, gt=0)
     free: int = Field(24, ge=0)
     drift: int = Field(16, ge=0)
     latency: int = Field(4, ge=0)

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from posttrain.contract import Contract
-from posttrain.errors import ContractError, DataError, RecipeError, StorageError
+from posttrain.errors import BaseModelError, ContractError, DataError, RecipeError, StorageError
+from posttrain.pipeline.checks import check_depth
 from posttrain.pipeline.folder import RunFolder, forget_peak_memory, peak_memory_mb
 from posttrain.pipeline.serve import check_address
 from posttrain.policy.base import free_bytes
-from posttrain.recipe import parse_recipe
+from posttrain.recipe import Recipe, parse_recipe
 from posttrain.report import write_report
+from tiny_models import tiny_model
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -35,6 +37,19 @@ def test_a_base_without_a_tokenizer_is_refused_in_one_line(tiny_base: Path, tmp_
     with pytest.raises(ContractError, match="tokenizer cannot be read") as caught:
         Contract.load(bare)
     assert str(bare) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_layers_that_no_student_can_be_fitted_to_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    tiny_model("gemma3").config.save_pretrained(tmp_path)
+
+    def recipe(refit: float) -> Recipe:
+        gate = {"targets": [{"metric": "latency_ratio", "at_most": 0.6}]}
+        stage = {"name": "s", "kind": "distill", "gate": gate, "options": {"layers": 2, "refit": refit}}
+        return parse_recipe({"name": "x", "base": "b", "output": str(tmp_path), "stages": [stage]})
+
+    with pytest.raises(BaseModelError, match=r"cannot be refitted.*set refit to 0"):
+        check_depth(recipe(0.1), tmp_path)
+    check_depth(recipe(0), tmp_path)
 
 
 def test_a_torn_summary_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from posttrain.agents.world import load_world
 from posttrain.contract import Contract, preflight
 from posttrain.contract.rendering import Renderer
@@ -14,6 +16,8 @@ from posttrain.evaluation import Suite
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.policy.base import free_bytes, resolve_base
+from posttrain.policy.policy import Policy
+from posttrain.policy.refit import check_refit
 from posttrain.recipe import Recipe, StageRecipe, stage_options
 from posttrain.stages.distill import DistillOptions
 from posttrain.stages.distill import check as check_student
@@ -43,14 +47,19 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
 
 
 def check_depth(recipe: Recipe, base: Path) -> None:
-    """Raise RecipeError when a student would keep more than the base has. (Its teacher, a student itself, may have less.)"""
-    from transformers import AutoConfig
+    """Raise RecipeError when a student would keep more than the base has (its teacher, a student itself, may have less), and
+    BaseModelError when layers like the base's cannot be fitted."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    students = {stage.name: options for stage in recipe.stages if isinstance(options := stage_options(stage), DistillOptions)}
+    if not students:
+        return
     config = AutoConfig.from_pretrained(base)
-    for stage in recipe.stages:
-        options = stage_options(stage)
-        if isinstance(options, DistillOptions):
-            check_student(options, config, where=f"stages.{stage.name}.options")
+    for name, options in students.items():
+        check_student(options, config, where=f"stages.{name}.options")
+    if any(options.refit > 0 for options in students.values()):
+        with torch.device("meta"):  # its layers without their weights
+            check_refit(Policy(AutoModelForCausalLM.from_config(config)))
 
 
 def check_sharding(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,26 +34,40 @@ def evaluate_target(
     prepare_process(None)
     place = find_device(device)
     loaded = Suite.load(suite, split=split, seed=seed, n=n)
-    runtime, adapter_for = load_target(target, base, runs, place)
+    found = load_target(target, base, runs, place)
     options = EvaluationRecipe(split=split if split in ("train", "dev", "test") else "test", seed=seed, free=max(8, n // 4))  # type: ignore[arg-type]
     world = load_world(loaded.world or _DEFAULT_WORLD)
-    return Measurer(options, world, loaded, Console(quiet)).measure(runtime, adapter_for, candidate=target)
+    return Measurer(options, world, loaded, Console(quiet)).measure(found.runtime, found.adapter_for, target, found.parent)
 
 
-def load_target(target: str, base: str, runs: Path, device: torch.device | None = None) -> tuple[Runtime, AdapterFor]:
-    """The runtime of a target and the adapter that answers each task on it. `device` None: see `find_device`."""
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is measured: a runtime, the adapter that answers each task on it, and the runtime that a dense release came from, as whose
+    share its latency is given."""
+
+    runtime: Runtime
+    adapter_for: AdapterFor
+    parent: Runtime | None = None
+
+
+def load_target(target: str, base: str, runs: Path, device: torch.device | None = None) -> Target:
+    """A release, a channel, 'tenants' or a base, ready to be measured. `device` None: see `find_device`."""
     if not (runs / "registry").is_dir():
-        return Runtime.load(resolve_base(target), device=device), lambda task: None
+        return Target(Runtime.load(resolve_base(target), device=device), lambda task: None)
     registry, channels = open_registry(runs)
     parents = Parents(registry, base, runs / "weights", None)
     if target == "tenants":
         return _tenants(registry, channels, parents, device)
     release = _release(target, registry, channels)
     if release is None:
-        return Runtime.load(resolve_base(target), device=device), lambda task: None
+        return Target(Runtime.load(resolve_base(target), device=device), lambda task: None)
     runtime = Runtime.load(parents.runs_on(release).folder, device=device)
     name = _resident(runtime, release)
-    return runtime, lambda task: name
+    if release.lineage.kind is not Kind.DENSE:
+        return Target(runtime, lambda task: name)
+    origin = release.lineage.parent.release
+    weights = parents.base_weights() if origin is None else parents.merged(registry.get(origin))
+    return Target(runtime, lambda task: name, Runtime.load(weights.folder, device=device))
 
 
 def _release(target: str, registry: Registry, channels: Channels) -> Release | None:
@@ -66,7 +81,7 @@ def _release(target: str, registry: Registry, channels: Channels) -> Release | N
         return None
 
 
-def _tenants(registry: Registry, channels: Channels, parents: Parents, device: torch.device | None) -> tuple[Runtime, AdapterFor]:
+def _tenants(registry: Registry, channels: Channels, parents: Parents, device: torch.device | None) -> Target:
     """Every tenant on its own channel, as the server would route it."""
     releases = {name: channels.release(name) for name in channels.names()}
     runtime = Runtime.load(parents.runs_on(next(iter(releases.values()))).folder, device=device)
@@ -84,7 +99,7 @@ def _tenants(registry: Registry, channels: Channels, parents: Parents, device: t
             )
         return names[task.tenant]
 
-    return runtime, adapter_for
+    return Target(runtime, adapter_for)
 
 
 def _resident(runtime: Runtime, release: Release) -> str | None:
