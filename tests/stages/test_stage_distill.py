@@ -117,6 +117,19 @@ def test_a_refitted_student_starts_nearer_to_its_teacher(shop: Shop) -> None:
     assert [phase for phase, _, _ in shop.notes.lines] == ["refit", "train"]
 
 
+def test_the_fit_reads_as_many_records_as_it_is_told_evenly_spread(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = taught(shop)
+    read: list[tuple[int, ...]] = []
+    fit = distill.refit
+    monkeypatch.setattr(distill, "refit", lambda student, teacher, kept, pack, *rest: read.append(pack.lengths) or fit(
+        student, teacher, kept, pack, *rest
+    ))  # fmt: skip
+    for fitted in (None, 4, 99):
+        distill.run(replace(OPTIONS, refit=0.01, fitted=fitted, epochs=0.5), sequences, shop.bench(f"fit{fitted}"))
+    lengths = [len(sequence) for sequence in sequences]
+    assert [sorted(own) for own in read] == [sorted(lengths), sorted(lengths[::2]), sorted(lengths)]
+
+
 def test_a_narrow_student_starts_near_its_teacher_and_learns(shop: Shop) -> None:
     bench, sequences = shop.bench(), taught(shop)
     width = bench.policy.config.intermediate_size // 4

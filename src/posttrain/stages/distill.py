@@ -19,7 +19,7 @@ from posttrain.errors import IntegrityError, RecipeError
 from posttrain.objectives.distill import hinton_tokens, reduce_tokens
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.importance import layer_importance, most_important
-from posttrain.policy.pack import fill_packs
+from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.policy.refit import check_refit, refit
 from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
@@ -35,13 +35,15 @@ _JUDGED = 5  # records on which the layers are judged: each costs a pass for eve
 class DistillOptions:
     """layers: how many of the teacher's layers the student keeps: those that its answers need most (`policy.importance`);
     width: neurons that each layer's MLP keeps (null: all); refit: ridge of the least-squares fit of what is kept to the teacher's states
-    on all records (see `policy.refit`; 0: not done, which a width does not allow);
+    (see `policy.refit`; 0: not done, which a width does not allow); fitted: how many records, evenly spread, the fit reads, all at once
+    (null: all of them);
     answers: share of the steps that learn the teacher's answers (sequence-level KD, Kim & Rush 2016) before the distributions;
     alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015)."""
 
     layers: Annotated[int, Field(ge=2)] = 16
     width: Annotated[int, Field(ge=1)] | None = None
     refit: NonNegative = 0.1
+    fitted: Count | None = None
     batch: Count = 16
     epochs: Positive = 1.0
     answers: Share = 0.3
@@ -90,7 +92,7 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     student = Policy(cut_layers(teacher.base, kept))
     student.recompute = teacher.recompute
     if options.refit > 0:
-        (pack,) = fill_packs(taught, sum(len(sequence) for sequence in taught))
+        pack = _one_pack(taught, options.fitted)
         distances = refit(student, teacher, kept, pack, options.refit, options.width)
         bench.log("refit", -1, 1, {"state_distance": sum(distances) / max(1, len(distances))})
     embedding = student.base.get_input_embeddings().weight
@@ -115,10 +117,15 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
 
 
 def _kept(options: DistillOptions, teacher: Policy, taught: Sequence[Rendered]) -> tuple[int, ...]:
-    count = min(_JUDGED, len(taught))
-    few = [taught[index * len(taught) // count] for index in range(count)]
-    (pack,) = fill_packs(few, sum(len(sequence) for sequence in few))
-    return most_important(layer_importance(teacher, pack), options.layers)
+    return most_important(layer_importance(teacher, _one_pack(taught, _JUDGED)), options.layers)
+
+
+def _one_pack(taught: Sequence[Rendered], most: int | None) -> Pack:
+    """At most so many of the records, evenly spread, in a pack of any size."""
+    count = len(taught) if most is None else min(most, len(taught))
+    some = [taught[index * len(taught) // count] for index in range(count)]
+    (pack,) = fill_packs(some, sum(len(sequence) for sequence in some))
+    return pack
 
 
 @dataclass(frozen=True, slots=True)
