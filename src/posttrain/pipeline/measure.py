@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.agents import RolloutOptions, World
@@ -26,7 +27,7 @@ from posttrain.sampling import SampleOptions, SampleRequest
 
 T = TypeVar("T")
 AdapterFor = Callable[[Task], str | None]
-_LATENCY_TOKENS = 24
+_LATENCY_TOKENS = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +76,17 @@ class Measurer:
         return {"kl_to_parent": _mean(means, "nats/token")} if means else {}
 
     def _latency(self, runtime: Runtime, parent: Runtime | None, tasks: list[Task], adapter_for: AdapterFor) -> dict[str, Metric]:
-        """Seconds per generated token, one request at a time, candidate and parent in turn on the same prompts in one run."""
+        """Seconds per generated token, one request at a time, candidate and parent in turn on the same prompts in one run: one, the other
+        twice, the first again, so that a machine that slows down or recovers meanwhile favours neither."""
         seconds: list[tuple[float, float]] = []
         for index, task in enumerate(spread(tasks, self.recipe.latency)):
             prompt = tuple(runtime.contract.prompt_ids(task.messages, task.tools))
             sides = [(runtime, adapter_for(task)), (parent or runtime, None)]
-            turn = sides if index % 2 == 0 else sides[::-1]
-            measured = [_seconds_per_token(target, name, prompt) for target, name in turn]
-            own, other = measured if index % 2 == 0 else measured[::-1]
-            if own is not None and other is not None:
-                seconds.append((own, other))
+            ticks: tuple[list[float], list[float]] = ([], [])
+            for side in (0, 1, 1, 0) if index % 2 == 0 else (1, 0, 0, 1):
+                ticks[side].extend(_seconds_between_tokens(*sides[side], prompt))
+            if all(ticks):
+                seconds.append((float(np.median(ticks[0])), float(np.median(ticks[1]))))
         if not seconds:
             return {}
         return {
@@ -126,12 +128,12 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[int(index)] for index in np.linspace(0, len(items) - 1, count)] if count else []
 
 
-def _seconds_per_token(runtime: Runtime, adapter: str | None, prompt: tuple[int, ...]) -> float | None:
-    """Median time between two tokens of one request; None when it ended with its first token."""
+def _seconds_between_tokens(runtime: Runtime, adapter: str | None, prompt: tuple[int, ...]) -> NDArray[np.float64]:
+    """Times between the tokens of one request; empty when it ended with its first token."""
     ticks: list[float] = []
     request = SampleRequest(prompt, 0, SampleOptions(max_tokens=_LATENCY_TOKENS), None, adapter)
     runtime.sampler.sample([request], progress=lambda _: ticks.append(time.perf_counter()))
-    return float(np.median(np.diff(ticks))) if len(ticks) > 1 else None
+    return np.diff(ticks)
 
 
 def _mean(values: Sequence[float], unit: str) -> Metric:
