@@ -11,7 +11,7 @@ import pytest
 
 from posttrain.contract import Contract
 from posttrain.errors import BaseModelError, ContractError, DataError, RecipeError, StorageError
-from posttrain.pipeline.checks import check_depth
+from posttrain.pipeline.checks import check_students
 from posttrain.pipeline.folder import RunFolder, forget_peak_memory, peak_memory_mb
 from posttrain.pipeline.serve import check_address
 from posttrain.policy.base import free_bytes
@@ -48,8 +48,8 @@ def test_layers_that_no_student_can_be_fitted_to_are_refused_before_anything_is_
         return parse_recipe({"name": "x", "base": "b", "output": str(tmp_path), "stages": [stage]})
 
     with pytest.raises(BaseModelError, match=r"cannot be refitted.*set refit to 0"):
-        check_depth(recipe(0.1), tmp_path)
-    check_depth(recipe(0), tmp_path)
+        check_students(recipe(0.1), tmp_path)
+    check_students(recipe(0), tmp_path)
 
 
 def test_a_torn_summary_is_named(tmp_path: Path) -> None:

@@ -34,15 +34,20 @@ def tensors(pack: Pack, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [(2 * tensor).to(torch.bfloat16).to(dtype).requires_grad_(place < 3) for place, tensor in enumerate(made)]
 
 
-def truth(pack: Pack, window: int | None) -> tuple[Tensor, ...]:
-    """Gradients in float64, through one mask over all pairs of tokens."""
-    q, k, v, given = tensors(pack)
+def visible(pack: Pack, window: int | None) -> Tensor:
+    """[T, T] bool: which pairs of a query and a key some sequence holds."""
     seen = torch.zeros(pack.tokens, pack.tokens, dtype=torch.bool)
     for b in range(len(pack.members)):
         rows = pack.sequence_rows(b)
         age = pack.positions[rows][:, None] - pack.positions[rows][None]
         seen[rows[:, None], rows[None]] |= (age >= 0) & (age < (window or pack.tokens))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=SIZE**-0.5, enable_gqa=True)
+    return seen
+
+
+def truth(pack: Pack, window: int | None) -> tuple[Tensor, ...]:
+    """Gradients in float64, through one mask over all pairs of tokens."""
+    q, k, v, given = tensors(pack)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible(pack, window), scale=SIZE**-0.5, enable_gqa=True)
     return torch.autograd.grad(out, (q, k, v), given)
 
 
@@ -65,11 +70,7 @@ def test_gradients_are_the_true_ones_up_to_rounding(window: int | None, pairs: i
 def test_rounding_costs_no_more_than_in_pytorchs_kernel() -> None:
     q, k, v, given = tensors(NESTED, torch.bfloat16)
     tree = TreeAttention(NESTED)
-    parts = [
-        F.scaled_dot_product_attention(*asked, attn_mask=mask, is_causal=mask is None, scale=SIZE**-0.5, enable_gqa=True)
-        for *asked, mask in tree.by_query(q, k, v, None)
-    ]
-    theirs = torch.autograd.grad(torch.cat(parts, 2), (q, k, v), given)
+    theirs = torch.autograd.grad(tree.node_by_node(q, k, v, SIZE**-0.5, None), (q, k, v), given)
     ours = torch.autograd.grad(tree.attend(0, q, k, v, SIZE**-0.5, None), (q, k, v), given)
     want = truth(NESTED, None)
     for own, other in zip(errors(ours, want), errors(theirs, want), strict=True):
@@ -84,11 +85,4 @@ def test_every_visible_pair_is_asked_for_once() -> None:
             if blind is not None:
                 seen[: len(blind)][blind] = 0
             counts[rows, keys] += seen
-        asked = torch.zeros(NESTED.tokens, NESTED.tokens)
-        for b in range(len(NESTED.members)):
-            own = NESTED.sequence_rows(b)
-            age = NESTED.positions[own][:, None] - NESTED.positions[own][None]
-            asked[own[:, None], own[None]] = torch.maximum(
-                asked[own[:, None], own[None]], ((age >= 0) & (age < (window or 999))).float()
-            )
-        assert torch.equal(counts, asked)
+        assert torch.equal(counts, visible(NESTED, window).float())

@@ -34,7 +34,7 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
     folder = resolve_base(recipe.base)
     contract = Contract.load(folder)
     yield f"base: {folder} ({contract.template.name}, {contract.vocabulary_size} tokens)"
-    check_depth(recipe, folder)
+    check_students(recipe, folder)
     check_disk(recipe, folder)
     yield f"disk: {free_bytes(Path(recipe.output)) / 1e9:.1f} GB free"
     world = load_world(recipe.world)
@@ -46,7 +46,7 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
     yield f"suite: {len(suite.tasks)} tasks, longest prompt {longest} tokens"
 
 
-def check_depth(recipe: Recipe, base: Path) -> None:
+def check_students(recipe: Recipe, base: Path) -> None:
     """Raise RecipeError when a student would keep more than the base has (its teacher, a student itself, may have less), and
     BaseModelError when layers like the base's cannot be fitted."""
     from transformers import AutoConfig, AutoModelForCausalLM

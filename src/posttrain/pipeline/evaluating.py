@@ -65,9 +65,7 @@ def load_target(target: str, base: str, runs: Path, device: torch.device | None 
     name = _resident(runtime, release)
     if release.lineage.kind is not Kind.DENSE:
         return Target(runtime, lambda task: name)
-    origin = release.lineage.parent.release
-    weights = parents.base_weights() if origin is None else parents.merged(registry.get(origin))
-    return Target(runtime, lambda task: name, Runtime.load(weights.folder, device=device))
+    return Target(runtime, lambda task: name, Runtime.load(parents.origin(release).folder, device=device))
 
 
 def _release(target: str, registry: Registry, channels: Channels) -> Release | None:

@@ -48,8 +48,7 @@ class Parents:
         """The weights a release is loaded on: its own when dense, else the exact parent it is bound to."""
         if release.lineage.kind is Kind.DENSE:
             return Weights(release.folder, release.runs_on, release.id)
-        parent = release.lineage.parent
-        weights = self.base_weights() if parent.release is None else self.merged(self.registry.get(parent.release))
+        weights = self.origin(release)
         if weights.fingerprint != release.runs_on:
             raise BindingError(
                 "the parent weights are not the ones the adapter was trained on",
@@ -58,6 +57,11 @@ class Parents:
                 remedy=f"restore the weights with fingerprint {release.runs_on}",
             )
         return weights
+
+    def origin(self, release: Release) -> Weights:
+        """The weights a release's training started from."""
+        parent = release.lineage.parent.release
+        return self.base_weights() if parent is None else self.merged(self.registry.get(parent))
 
     def merged(self, release: Release) -> Weights:
         """The weights children of a release start from: its adapter merged in fp32 and rounded once; a dense release is itself."""

@@ -15,7 +15,7 @@ from posttrain.evaluation import RunSummary, Scorecard, Suite, Verdict, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
 from posttrain.pipeline.assist import Order, assist, call
-from posttrain.pipeline.checks import check_depth, check_disk, check_material, check_sharding
+from posttrain.pipeline.checks import check_disk, check_material, check_sharding, check_students
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.folder import Clock, RunFolder, forget_peak_memory, peak_memory_mb
 from posttrain.pipeline.material import Material, gather
@@ -70,7 +70,7 @@ class _Run:
         self.recipe, self.folder, self.console = recipe, folder, console
         prepare_process(recipe.threads)
         self.dtype, self.device = parse_dtype(recipe.dtype), find_device(recipe.device)
-        check_depth(recipe, resolve_base(recipe.base))
+        check_students(recipe, resolve_base(recipe.base))
         check_disk(recipe, resolve_base(recipe.base))
         check_sharding(recipe)
         self.world: World = load_world(recipe.world)

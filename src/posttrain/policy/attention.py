@@ -59,6 +59,10 @@ class TreeAttention:
         if half_on_cpu and torch.is_grad_enabled() and q.requires_grad:
             out: Tensor = HalfAttention.apply(q, k, v, scale, window, self)  # type: ignore[no-untyped-call]
             return out
+        return self.node_by_node(q, k, v, scale, window)
+
+    def node_by_node(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """PyTorch's attention, forward and backward, one call a node."""
         fewer = q.shape[1] != k.shape[1]
         parts = [
             F.scaled_dot_product_attention(asking, keys, values, mask, is_causal=mask is None, scale=scale, enable_gqa=fewer)

@@ -113,11 +113,12 @@ class _PlainLogprobs(torch.autograd.Function):
         values = hidden.new_empty(len(hidden), dtype=torch.float32)
         slopes = torch.empty_like(hidden) if learning else None
         for start in range(0, len(hidden), chunk):
-            logits = torch.nn.functional.linear(hidden[start : start + chunk], weight)
-            for some, wanted, found in _pieces(_CACHED, logits, targets[start : start + chunk], values[start : start + chunk]):
+            rows = slice(start, start + chunk)
+            logits = torch.nn.functional.linear(hidden[rows], weight)
+            for some, wanted, found in _pieces(_CACHED, logits, targets[rows], values[rows]):
                 _logits_to_slopes(some, wanted, found, learning)
             if slopes is not None:
-                slopes[start : start + chunk] = logits @ weight
+                slopes[rows] = logits @ weight
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return values
