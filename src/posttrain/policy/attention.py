@@ -86,8 +86,8 @@ class TreeAttention:
         if (index, window) not in self._masks:
             parts = torch.split(self.pack.positions, self._sizes)
             blind = _blind(parts[index], torch.cat([parts[node] for node in self._paths[index]]), window)
-            added = torch.zeros(blind.shape, dtype=like.dtype).masked_fill_(blind, float("-inf"))
-            self._masks[index, window] = added[None, None].to(like.device)
+            added = like.new_zeros(blind.shape).masked_fill_(blind.to(like.device), float("-inf"))
+            self._masks[index, window] = added[None, None]
         return self._masks[index, window]
 
     def by_key(self, window: int | None, repeat: int, pairs: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
