@@ -5,6 +5,8 @@ STOP is the step after which every process gives up, as if the machine had gone 
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import killable
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from posttrain.policy import Pack, Policy
@@ -55,9 +58,17 @@ def shares() -> dict[str, float]:
     return found
 
 
+def left() -> None:
+    """Runs after what `team` asked for at the end: the backend's threads must be gone by then."""
+    if dist.is_initialized():
+        print("the process group outlives the run", file=sys.stderr, flush=True)
+        os._exit(3)
+
+
 def main() -> None:
     kind, folder, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
+    atexit.register(left)
     team()
     end: dict[str, Any] | None = dict(shares()) if kind == "shares" else run(kind, folder, stop)
     if end is not None and team().first:

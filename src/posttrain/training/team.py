@@ -12,6 +12,7 @@ Processes are started by `accelerate launch -m posttrain run ...` or by `torchru
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,7 +131,14 @@ def team() -> Team:
     if torch.cuda.is_available():  # tensors may lie on either side: a recipe may name the CPU on a machine with GPUs
         dist.init_process_group("cpu:gloo,cuda:nccl")
     state = PartialState(cpu=not torch.cuda.is_available())
+    atexit.register(_leave)
     return Team(state.process_index, state.num_processes, sharding)
+
+
+def _leave() -> None:
+    """End the backend's threads while the interpreter still runs: one that lets go of a tensor after that aborts the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # What `accelerate launch` may ask for and posttrain does in another way or not at all: variable, its harmless values, remedy.
