@@ -16,7 +16,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from pipeline.conftest import make_base, tiny_recipe
-from posttrain.errors import BindingError, ContractError, DataError, RecipeError
+from posttrain.errors import BindingError, ContractError, DataError, RecipeError, RegistryError
+from posttrain.pipeline.evaluating import evaluate_target, load_target
 from posttrain.pipeline.registry import open_registry, promote_release, registry_lines, registry_view
 from posttrain.pipeline.run import run_recipe
 from posttrain.policy import Policy
@@ -102,6 +103,25 @@ def test_channels_follow_the_road_and_tenants_get_their_own_adapter(road: tuple[
     assert registry.get(distilled).lineage.teacher.release == summary["stages"][3]["releases"]["main"]
     assert {registry.get(release).lineage.tenant for release in adapters.values()} == set(TENANTS)
     assert {registry.get(release).runs_on for release in adapters.values()} == {registry.get(distilled).runs_on}
+
+
+def test_a_release_is_measured_again_beside_the_weights_it_came_from(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    output, summary = road
+    teacher, student = (summary["stages"][place]["releases"]["main"] for place in (3, 4))
+    assert load_target(teacher, str(tiny_base), output).parent is None  # its adapter's own, switched off
+    beside = load_target(student, str(tiny_base), output).parent
+    assert beside is not None
+    assert beside.policy.fingerprint == open_registry(output)[0].get(student).lineage.teacher.fingerprint
+    asked: dict[str, Any] = {"suite": "finance_ops", "split": "dev", "seed": 5, "n": 6, "base": str(tiny_base), "runs": output}
+    again = evaluate_target(student, quiet=True, **asked)
+    assert again.candidate == student
+    assert again.metrics["latency_ratio"].n > 0
+    assert again.metrics["kl_to_parent"].value > 0  # two of four layers
+
+
+def test_what_is_no_release_channel_or_base_is_said_to_be_neither(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
+    with pytest.raises(RegistryError, match=r"unknown release, channel or base.*'prodution'.*did you mean production"):
+        load_target("prodution", str(tiny_base), road[0])
 
 
 def test_moving_a_parent_names_the_adapters_that_must_be_made_again(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from posttrain.pipeline.measure import AdapterFor, Measurer
 from posttrain.pipeline.parents import Parents
 from posttrain.pipeline.registry import open_registry
 from posttrain.pipeline.runtime import Runtime, prepare_process
-from posttrain.policy.base import resolve_base
+from posttrain.policy.base import EMBEDDED, resolve_base
 from posttrain.policy.device import find_device
 from posttrain.recipe import EvaluationRecipe, build
 from posttrain.releases import Channels, Kind, Registry, Release
+from posttrain.releases.registry import unknown
 
 _DEFAULT_WORLD = "finance_ops"
 
@@ -53,19 +55,26 @@ class Target:
 def load_target(target: str, base: str, runs: Path, device: torch.device | None = None) -> Target:
     """A release, a channel, 'tenants' or a base, ready to be measured. `device` None: see `find_device`."""
     if not (runs / "registry").is_dir():
-        return Target(Runtime.load(resolve_base(target), device=device), lambda task: None)
+        return _base(target, device)
     registry, channels = open_registry(runs)
     parents = Parents(registry, base, runs / "weights", None)
     if target == "tenants":
         return _tenants(registry, channels, parents, device)
     release = _release(target, registry, channels)
     if release is None:
-        return Target(Runtime.load(resolve_base(target), device=device), lambda task: None)
+        return _base(target, device, (*channels.names(), *(known.id for known in registry.list())))
     runtime = Runtime.load(parents.runs_on(release).folder, device=device)
     name = _resident(runtime, release)
     if release.lineage.kind is not Kind.DENSE:
         return Target(runtime, lambda task: name)
     return Target(runtime, lambda task: name, Runtime.load(parents.origin(release).folder, device=device))
+
+
+def _base(target: str, device: torch.device | None, others: Iterable[str] = ()) -> Target:
+    """Raises RegistryError for what is neither one of the `others` (which are no bases) nor looks like a base."""
+    if target not in EMBEDDED and "/" not in target and not Path(target).is_dir():
+        raise unknown("release, channel or base", target, (*others, *EMBEDDED))
+    return Target(Runtime.load(resolve_base(target), device=device), lambda task: None)
 
 
 def _release(target: str, registry: Registry, channels: Channels) -> Release | None:
