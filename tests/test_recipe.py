@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 import posttrain
 from posttrain.errors import RecipeError
 from posttrain.evaluation.scorecard import SUITE_METRICS, TASK_METRICS
-from posttrain.recipe import StageRecipe, gate_policy, load_recipe, parse_recipe, stage_options
+from posttrain.recipe import (
+    DataOptions,
+    EvaluationRecipe,
+    Recipe,
+    StageKind,
+    StageRecipe,
+    gate_policy,
+    load_recipe,
+    options_type,
+    parse_recipe,
+    stage_options,
+)
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SMALL = """
@@ -58,10 +73,10 @@ def test_numbers_words_and_booleans_are_read_as_written(tmp_path: Path) -> None:
     ("gate", "said"),
     [
         ("{}", ("without targets",)),
-        ("{targets: [{metric: tool_succes}]}", ("targets[0]", "'tool_succes'", "did you mean 'tool_success'?")),
+        ("{targets: [{metric: tool_succes}]}", ("targets[0]", "'tool_succes'", "did you mean tool_success?")),
         ("{targets: [{metric: tool_success}], guardrails: [{metric: kl}]}", ("guardrails[0]", "known:")),
         ("{targets: [{metric: tool_success}], proxy: reward}", ("gate.proxy", "'reward'")),
-        ("{targets: [{metric: tool_success, slice: kind=lookups}]}", ("'lookups'", "did you mean 'lookup'?")),
+        ("{targets: [{metric: tool_success, slice: kind=lookups}]}", ("'lookups'", "did you mean lookup?")),
         ("{targets: [{metric: tool_success, slice: kind=advise}]}", ("no task of this kind is measured",)),  # its count is 0
         ("{targets: [{metric: tool_success, slice: lookup}]}", ("kind=NAME",)),
         ("{targets: [{metric: latency_ratio, slice: kind=lookup}]}", ("not of a slice",)),
@@ -99,11 +114,11 @@ def test_what_is_not_text_or_not_yaml_is_refused_with_its_place(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (SMALL.replace("world", "w") + "wrold: finance_ops\n", ("wrold", "'world'")),
+        (SMALL.replace("world", "w") + "wrold: finance_ops\n", ("wrold", "world?")),
         (SMALL.replace("kind: sft", "kind: sfd"), ("kind",)),
-        (SMALL.replace("batch: 4", "bach: 4"), ("'bach'", "'batch'", "stages[0] (sft).options")),
+        (SMALL.replace("batch: 4", "bach: 4"), ("'bach'", "batch?", "stages[0] (sft).options")),
         (SMALL.replace("lr: 1e-3", "learning_rate: 1e-3"), ("learning_rate", "options.optimiser")),
-        (SMALL.replace("min_gain", "min_gian"), ("'min_gian'", "'min_gain'", "gate.targets[0]")),
+        (SMALL.replace("min_gain", "min_gian"), ("'min_gian'", "min_gain?", "gate.targets[0]")),
         (SMALL.replace("n: 8", "n: 0"), ("greater than 0",)),
         (SMALL.replace("n: 8", "n: many"), ("many",)),
         (SMALL.replace("batch: 4", "batch: 0"), ("batch", "greater than or equal to 1", "stages[0] (sft).options")),
@@ -142,9 +157,9 @@ def test_overrides_reach_stages_by_name_and_number(tmp_path: Path) -> None:
     [
         ("seed", "key.sub=value"),
         ("=3", "key.sub=value"),
-        ("stages.sfd.data.n=3", "did you mean 'sft'"),
+        ("stages.sfd.data.n=3", "did you mean sft?"),
         ("name.deeper=3", "below a plain value"),
-        ("sede=3", "'seed'"),
+        ("sede=3", "seed?"),
     ],
 )
 def test_overrides_that_name_nothing_are_refused(tmp_path: Path, override: str, said: str) -> None:
@@ -163,3 +178,20 @@ def test_plain_data_is_enough() -> None:
     gate = {"targets": [{"metric": "tool_success"}]}
     recipe = parse_recipe({"name": "x", "base": "b", "stages": [{"name": "s", "kind": "sft", "gate": gate}]})
     assert recipe.stages == [StageRecipe(name="s", kind="sft", gate=gate)]
+
+
+def option_names(cls: Any) -> Iterator[str]:
+    for name, hint in get_type_hints(cls).items():
+        yield name
+        if is_dataclass(hint):
+            yield from option_names(hint)
+
+
+def test_the_page_about_recipes_names_every_key() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8")
+    page = re.sub(r"```.*?```", "", page, flags=re.DOTALL)
+    named = set(re.findall(r"[a-z_0-9]+", " ".join(re.findall(r"`([^`]+)`", page))))
+    keys = {key for model in (Recipe, EvaluationRecipe, StageRecipe, DataOptions) for key in model.model_fields}
+    keys |= {name for kind in get_args(StageKind) for name in option_names(options_type(kind))}
+    assert len(keys) > 50
+    assert keys - named == set()

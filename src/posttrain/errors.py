@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def nearest(name: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
+    """The remedy for a misspelt name: `did you mean a or b?`, at most so many of the known ones; empty where none is near.
+    cutoff: how alike names must be, as difflib measures it, from 0 to 1."""
+    near = difflib.get_close_matches(name, list(known), n=most, cutoff=cutoff)
+    return f"did you mean {' or '.join(near)}?" if near else ""
+
+
+def nearest_of(name: str, known: Sequence[str], kind: str = "known") -> str:
+    """`nearest`, and all the names there are."""
+    return f"{nearest(name, known)} {kind}: {', '.join(known)}".lstrip()
+
 
 class PosttrainError(Exception):
     """Base of everything posttrain raises on purpose.

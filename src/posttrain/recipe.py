@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, nearest, nearest_of
 from posttrain.evaluation.gate import GatePolicy, check_policy
 from posttrain.files.hashing import sha256_of
 
@@ -180,9 +179,7 @@ def _refuse_unknown(cls: Any, value: Any, where: str) -> None:
     known = [f.name for f in fields(cls)]
     for key, inner in value.items():
         if key not in known:
-            raise RecipeError(
-                f"unknown key {key!r}{_nearest(str(key), known)}", where=where, remedy=f"known keys: {', '.join(known)}"
-            )
+            raise RecipeError(f"unknown key {key!r}", where=where, remedy=nearest_of(str(key), known, "known keys"))
         hint = hints[key]
         if is_dataclass(hint):
             _refuse_unknown(hint, inner, f"{where}.{key}")
@@ -207,7 +204,8 @@ def _explain(error: ValidationError, model: Any) -> str:
     for problem in error.errors():
         place = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown key {place!r}{_nearest(str(problem['loc'][-1]), _known_keys(model))}")
+            near = nearest(str(problem["loc"][-1]), _known_keys(model))
+            lines.append(f"unknown key {place!r}{near and ', '}{near}")
         else:
             lines.append(f"{place or 'value'}: {problem['msg']} (got {problem['input']!r})")
     return "; ".join(lines)
@@ -217,11 +215,6 @@ def _known_keys(model: Any) -> list[str]:
     if not (isinstance(model, type) and issubclass(model, BaseModel)):
         return [f.name for f in fields(model)]
     return [*Recipe.model_fields, *StageRecipe.model_fields, *EvaluationRecipe.model_fields, *DataOptions.model_fields]
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def _override(value: dict[str, Any], text: str) -> None:
@@ -273,9 +266,7 @@ def _index(items: list[Any], part: str, text: str) -> int:
     if part.isdigit() and int(part) < len(items):
         return int(part)
     known = [str(name) for name in names if name]
-    raise RecipeError(
-        f"no stage {part!r}{_nearest(part, known)}", where="override", value=text, remedy=f"stages: {', '.join(known)}"
-    )
+    raise RecipeError(f"no stage {part!r}", where="override", value=text, remedy=nearest_of(part, known, "stages"))
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -18,7 +18,6 @@ Every row may carry `id`, `tenant`, `source`, `licence` (or `license`) and `spli
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -27,6 +26,7 @@ from typing import Any
 from posttrain.data.fields import Trace, fail, want_flag, want_list, want_object, want_text
 from posttrain.data.messages import check_offered, check_turns, openai_messages, sharegpt_messages, tool_specs
 from posttrain.data.records import Conversation, Message, Preference, Shape, Task, ToolSpec
+from posttrain.errors import nearest
 
 
 class Format(StrEnum):
@@ -131,9 +131,8 @@ def to_preference(row: Mapping[str, Any], format: Format, identity: str, default
 def to_task(row: Mapping[str, Any], identity: str, defaults: Defaults, trace: Trace) -> Task:
     """One task. A field that looks like a misspelt one is refused: a lost `high_risk` would turn a measurement round."""
     for key in sorted(row.keys() - _TASK_FIELDS):
-        near = difflib.get_close_matches(key, _TASK_FIELDS, 1, 0.8)
-        if near:
-            fail("is not a field of a task", key, remedy=f"did you mean {near[0]}?")
+        if remedy := nearest(key, _TASK_FIELDS, cutoff=0.8):
+            fail("is not a field of a task", key, remedy=remedy)
     trace.drop(row, _TASK_FIELDS)
     messages = _request(row, trace)
     verifier, arguments = _judge(row)
@@ -277,7 +276,6 @@ def _task_tools(row: Mapping[str, Any], defaults: Defaults, trace: Trace) -> tup
         return tool_specs(value, "tools", trace)
     for index, name in enumerate(value):
         if name not in defaults.catalogue:
-            near = difflib.get_close_matches(str(name), defaults.catalogue, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known tools: {', '.join(defaults.catalogue) or 'none'}"
-            fail("is no known tool", f"tools[{index}]", value=name, remedy=hint)
+            hint = f"known tools: {', '.join(defaults.catalogue) or 'none'}"
+            fail("is no known tool", f"tools[{index}]", value=name, remedy=nearest(str(name), defaults.catalogue) or hint)
     return tuple(defaults.catalogue[name] for name in value)

@@ -16,12 +16,11 @@ a candidate by chance; such a case is noted as inconclusive), or when its own va
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from posttrain.errors import RecipeError
+from posttrain.errors import RecipeError, nearest_of
 from posttrain.evaluation.scorecard import SUITE_METRICS, TASK_METRICS, Scorecard
 from posttrain.evaluation.statistics import paired_difference, unpaired_difference
 from posttrain.evaluation.verdict import Check, Outcome, Verdict
@@ -81,7 +80,7 @@ def check_policy(policy: GatePolicy, where: str, kinds: Collection[str] | None =
     for place, metric, slice in asked:
         known = [*TASK_METRICS, *SUITE_METRICS]
         if metric not in known:
-            raise RecipeError("no such metric", where=place, value=metric, remedy=_nearest(metric, known))
+            raise RecipeError("no such metric", where=place, value=metric, remedy=nearest_of(metric, known))
         if metric in left_out:
             raise RecipeError(
                 "this metric is not measured", where=place, value=metric, remedy="raise its count under `evaluation`"
@@ -97,12 +96,7 @@ def _check_slice(slice: str, metric: str, kinds: Collection[str] | None, where: 
     if metric in SUITE_METRICS:
         raise RecipeError(f"{metric} is of the whole suite, not of a slice", where=where, value=slice, remedy="leave `slice` out")
     if key == "kind" and kinds is not None and label not in kinds:
-        raise RecipeError("no task of this kind is measured", where=where, value=label, remedy=_nearest(label, list(kinds)))
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}? known: {', '.join(known)}" if close else f"known: {', '.join(known)}"
+        raise RecipeError("no task of this kind is measured", where=where, value=label, remedy=nearest_of(label, list(kinds)))
 
 
 def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Verdict:

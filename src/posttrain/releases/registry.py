@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from posttrain.errors import GateError, RegistryError
+from posttrain.errors import GateError, RegistryError, nearest
 from posttrain.releases.artifact import Candidate, Parts, Release, new_folder
 from posttrain.releases.lineage import Kind, Override
 from posttrain.releases.manifest import verify_files
@@ -126,10 +125,8 @@ class Registry:
 def unknown(kind: str, name: str, known: Iterable[str]) -> RegistryError:
     """A RegistryError that offers the nearest known names."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
-    if near:
-        remedy = f"did you mean {' or '.join(near)}?"
-    else:
+    remedy = nearest(name, names, most=3, cutoff=0.4)
+    if not remedy:
         remedy = f"known: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}" if names else f"there is no {kind} yet"
     return RegistryError(f"unknown {kind}", where="registry", value=name, remedy=remedy)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from posttrain.data.fields import Trace, strict_json
 from posttrain.data.messages import check_offered, check_turns, openai_messages, tool_specs
 from posttrain.data.records import Message, ToolSpec
-from posttrain.errors import DataError
+from posttrain.errors import DataError, nearest
 from posttrain.sampling.protocol import SampleOptions
 from posttrain.serving.engine import CompletionRequest
 
@@ -169,8 +168,7 @@ def _known_fields(value: dict[str, Any]) -> dict[str, Any]:
             if item not in _NEUTRAL[name]:
                 raise BadRequest("not supported here", param=name, value=item, remedy="leave it out")
         elif name not in _Body.model_fields:
-            near = difflib.get_close_matches(name, _Body.model_fields, n=1)
-            raise BadRequest("unknown parameter", param=name, remedy=f"did you mean {near[0]}?" if near else "leave it out")
+            raise BadRequest("unknown parameter", param=name, remedy=nearest(name, _Body.model_fields) or "leave it out")
         else:
             kept[name] = item
     return kept

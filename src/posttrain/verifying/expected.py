@@ -13,12 +13,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from posttrain.data.records import Episode, StopReason, Task, ToolOutcome
-from posttrain.errors import VerifierError
+from posttrain.errors import VerifierError, nearest
 from posttrain.verifying.answers import is_refusal, parse_answer
 from posttrain.verifying.judgement import EnvironmentView, Judgement, Step
 from posttrain.verifying.matching import assign, contains, same, same_call
@@ -65,10 +64,7 @@ def check_expected(wanted: Mapping[str, Any], where: str) -> None:
     """Raise VerifierError for expectations that are empty or malformed, so that a suite can refuse them before it samples."""
     for key in wanted:
         if key not in _CHECKS + _FLAGS:
-            near = difflib.get_close_matches(key, _CHECKS + _FLAGS, 1)
-            raise _malformed(
-                "unknown expectation", where, key, f"did you mean {near[0]}?" if near else f"use {', '.join(_CHECKS)}"
-            )
+            raise _malformed("unknown expectation", where, key, nearest(key, _CHECKS + _FLAGS) or f"use {', '.join(_CHECKS)}")
     if not any(key in wanted for key in _CHECKS):
         raise _malformed("nothing to compare with", where, dict(wanted), f"give one of {', '.join(_CHECKS)}")
     shapes: dict[str, tuple[type, Callable[[Any], bool]]] = {
