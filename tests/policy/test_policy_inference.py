@@ -17,6 +17,7 @@ from tiny_models import random_ids, sequence, tiny_model
 FITTING = ["llama", "qwen2", "qwen3", "mistral"]
 RNG = random.Random(3)
 PACK = Pack.of([sequence(random_ids(n, RNG), [n - 1]) for n in (40, 3, 17)])
+FEW = Pack.of([sequence(random_ids(n, RNG), [n - 1]) for n in (3, 2, 2)])  # as many tokens as a step of few rows
 
 
 def with_adapters(family: str, dtype: torch.dtype = torch.float32) -> Policy:
@@ -28,17 +29,17 @@ def with_adapters(family: str, dtype: torch.dtype = torch.float32) -> Policy:
     return policy
 
 
-def through(policy: Policy, shares: list[tuple[str | None, Tensor | None]]) -> Tensor:
+def through(policy: Policy, shares: list[tuple[str | None, Tensor | None]], pack: Pack = PACK) -> Tensor:
     fast = policy.inference()
     assert fast is not None
     own = [(fast.factors(name), tokens) for name, tokens in shares if name is not None]
-    return fast.infer(PACK.ids, PACK.positions, TreeAttention(PACK), own)
+    return fast.infer(pack.ids, pack.positions, TreeAttention(pack), own)
 
 
 @torch.no_grad()
-def plain(policy: Policy, name: str | None) -> Tensor:
+def plain(policy: Policy, name: str | None, pack: Pack = PACK) -> Tensor:
     policy.use(name)
-    return policy.hidden(PACK)
+    return policy.hidden(pack)
 
 
 @pytest.mark.parametrize("family", FITTING)
@@ -53,29 +54,37 @@ def test_hidden_states_and_logits_are_the_models(family: str, name: str | None) 
 
 
 @pytest.mark.parametrize("family", FITTING)
-def test_every_token_is_computed_with_its_own_adapter(family: str) -> None:
+@pytest.mark.parametrize("pack", [PACK, FEW], ids=["many", "few"])
+def test_every_token_is_computed_with_its_own_adapter(family: str, pack: Pack) -> None:
     """Tokens of one sequence each: what an adapter changes must not leak into the others' rows."""
     policy = with_adapters(family)
-    rows = {name: PACK.sequence_rows(b) for b, name in enumerate((None, "one", "two"))}
-    got = through(policy, list(rows.items()))
+    rows = {name: pack.sequence_rows(b) for b, name in enumerate((None, "one", "two"))}
+    got = through(policy, list(rows.items()), pack)
     with policy.mixed(list(rows.items())):
-        through_the_model = plain_pass(policy)
+        through_the_model = plain_pass(policy, pack)
     for name, own in rows.items():
-        want = plain(policy, name)[own]
+        want = plain(policy, name, pack)[own]
         torch.testing.assert_close(got[own], want, atol=5e-5, rtol=1e-4)
         torch.testing.assert_close(through_the_model[own], want, atol=5e-5, rtol=1e-4)
 
 
 @torch.no_grad()
-def plain_pass(policy: Policy) -> Tensor:
-    return policy.hidden(PACK)
+def plain_pass(policy: Policy, pack: Pack) -> Tensor:
+    return policy.hidden(pack)
 
 
-def test_bfloat16_stays_close() -> None:
+@pytest.mark.parametrize("pack", [PACK, FEW], ids=["many", "few"])
+@pytest.mark.parametrize("every", [True, False])
+def test_bfloat16_stays_close(pack: Pack, every: bool) -> None:
     policy = with_adapters("llama", torch.bfloat16)
-    exact = plain(with_adapters("llama"), "one")
-    error = (through(policy, [("one", None)]).float() - exact).abs().mean()
-    assert error < 2 * (plain(policy, "one").float() - exact).abs().mean() + 1e-3
+    own = None if every else torch.arange(pack.tokens)  # the same tokens, named
+    exact = plain(with_adapters("llama"), "one", pack)
+    got = through(policy, [("one", own)], pack)
+    assert got.dtype == torch.bfloat16
+    error = (got.float() - exact).abs().mean()
+    assert error < 2 * (plain(policy, "one", pack).float() - exact).abs().mean() + 1e-3
+    without = (plain(policy, None, pack).float() - exact).abs().mean()
+    assert error < without / 3  # the adapter is in it
 
 
 def test_an_update_of_an_adapter_needs_new_factors_and_nothing_else() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from posttrain.agents import RolloutOptions, World
@@ -23,11 +23,11 @@ from posttrain.pipeline.play import Player
 from posttrain.pipeline.runtime import Runtime
 from posttrain.policy.pack import fill_packs
 from posttrain.recipe import EvaluationRecipe
-from posttrain.sampling import SampleOptions, SampleRequest
+from posttrain.sampling import Sample, SampleOptions, SampleRequest, Stream
 
 T = TypeVar("T")
 AdapterFor = Callable[[Task], str | None]
-_LATENCY_TOKENS = 14
+_LATENCY_TOKENS = 8  # at a stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,21 @@ class Measurer:
 
     def _latency(self, runtime: Runtime, parent: Runtime | None, tasks: list[Task], adapter_for: AdapterFor) -> dict[str, Metric]:
         """Seconds per generated token, one request at a time, candidate and parent in turn on the same prompts in one run: one, the other
-        twice, the first again, so that a machine that slows down or recovers meanwhile favours neither."""
+        twice as long, the first again, so that a machine that slows down or recovers meanwhile favours neither. Prompts share their
+        start as they do in a server."""
         seconds: list[tuple[float, float]] = []
+        streams = runtime.sampler.open(1), (parent or runtime).sampler.open(1)
         for index, task in enumerate(spread(tasks, self.recipe.latency)):
             prompt = tuple(runtime.contract.prompt_ids(task.messages, task.tools))
-            sides = [(runtime, adapter_for(task)), (parent or runtime, None)]
+            answers = [
+                _seconds_of_tokens(stream, SampleRequest(prompt, 0, SampleOptions(2 * _LATENCY_TOKENS + 2), None, adapter))
+                for stream, adapter in zip(streams, (adapter_for(task), None), strict=True)
+            ]
             ticks: tuple[list[float], list[float]] = ([], [])
             for side in (0, 1, 1, 0) if index % 2 == 0 else (1, 0, 0, 1):
-                ticks[side].extend(_seconds_between_tokens(*sides[side], prompt))
+                ticks[side].extend(islice(answers[side], _LATENCY_TOKENS))
+            for answer in answers:
+                answer.close()
             if all(ticks):
                 seconds.append((float(np.median(ticks[0])), float(np.median(ticks[1]))))
         if not seconds:
@@ -128,12 +135,19 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return [items[int(index)] for index in np.linspace(0, len(items) - 1, count)] if count else []
 
 
-def _seconds_between_tokens(runtime: Runtime, adapter: str | None, prompt: tuple[int, ...]) -> NDArray[np.float64]:
-    """Times between the tokens of one request; empty when it ended with its first token."""
-    ticks: list[float] = []
-    request = SampleRequest(prompt, 0, SampleOptions(max_tokens=_LATENCY_TOKENS), None, adapter)
-    runtime.sampler.sample([request], progress=lambda _: ticks.append(time.perf_counter()))
-    return np.diff(ticks)
+def _seconds_of_tokens(stream: Stream[SampleRequest, Sample], request: SampleRequest) -> Generator[float]:
+    """How long each token of one answer took, without those that the prompt's own step gave. Closed, it leaves the stream."""
+    (ticket,) = stream.admit([request])
+    try:
+        found = stream.step()
+        while ticket not in found:
+            start = time.perf_counter()
+            found = stream.step()
+            yield time.perf_counter() - start
+        if isinstance(error := found[ticket], Exception):
+            raise error
+    finally:
+        stream.cancel(ticket)
 
 
 def _mean(values: Sequence[float], unit: str) -> Metric:
