@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 _STEP, _TOP, _WIDTH, _HEIGHT = 158, 46, 128, 50
+_LETTER = 6.5  # of a flag's text, on average
 _MARKS = {"real_gain": "✓", "reward_hacking": "⚠", "idle_drift": "≈", "regression": "✗"}
 
 
@@ -15,7 +16,7 @@ def road_svg(base: str, stages: Sequence[Mapping[str, Any]], channels: Mapping[s
     parts: list[str] = []
     x, last = 4.0, 4.0
     parts.append(_node(x, _TOP, "base", base, "base", ""))
-    lowest = _TOP
+    lowest, right = _TOP, 0.0
     for stage in stages:
         accepted, leaves = bool(stage.get("accepted")), "main" not in (stage.get("releases") or {})
         x += _STEP
@@ -35,10 +36,12 @@ def road_svg(base: str, stages: Sequence[Mapping[str, Any]], channels: Mapping[s
         )
         if accepted:
             pointed = [name for name, release in channels.items() if release in (stage.get("releases") or {}).values()]
-            parts.append(_flags(x, y, pointed))
+            flag = "⚑ " + ", ".join(pointed) if pointed else ""
+            parts.append(_flag(x, y, flag))
+            right = max(right, x + (_WIDTH + _LETTER * len(flag)) / 2)
         if accepted and not leaves:
             last = x
-    width, height = x + _WIDTH + 8, lowest + _HEIGHT + 14
+    width, height = max(right, x + _WIDTH) + 8, lowest + _HEIGHT + 14
     label = "the road from the base through all stages"
     return f'<svg class="road" viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
@@ -60,5 +63,5 @@ def _edge(start: float, end: float, y: float, accepted: bool) -> str:
     return f'<path class="edge {"ok" if accepted else "no"}" d="{path}"/>'
 
 
-def _flags(x: float, y: float, names: Sequence[str]) -> str:
-    return f'<text class="flag" x="{x + _WIDTH / 2}" y="{y - 12}">{escape("⚑ " + ", ".join(names))}</text>' if names else ""
+def _flag(x: float, y: float, text: str) -> str:
+    return f'<text class="flag" x="{x + _WIDTH / 2}" y="{y - 12}">{escape(text)}</text>' if text else ""

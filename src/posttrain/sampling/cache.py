@@ -53,17 +53,17 @@ class Cache:
         self._unused.append(number)
 
     def reserve(self, rows: int, capacity: int) -> None:
-        """Room for at least so many rows of so many tokens; what the rows hold is kept. Grows by a quarter at least, so that a stream of
+        """Room for at least so many rows of so many tokens; what the rows hold is kept. Grows by half at least, so that a stream of
         requests settles on one size."""
         if rows <= self.rows and capacity <= self.capacity:
             return
         before, held = self.rows, self.capacity
         if rows > before:
-            self.rows = max(rows, before + before // 4)
+            self.rows = max(rows, before + before // 2)
             self.lengths = torch.cat([self.lengths, torch.zeros(self.rows - before, dtype=torch.int64)])
             self.trunk_of = torch.cat([self.trunk_of, torch.zeros(self.rows - before, dtype=torch.int64)])
         if capacity > held:
-            self.capacity = max(capacity, held + held // 4)
+            self.capacity = max(capacity, held + held // 2)
         for tensors in (self.keys, self.values):
             for layer, old in enumerate(tensors):
                 tensors[layer] = old.new_zeros(self.rows, old.shape[1], self.capacity, old.shape[3])
