@@ -12,10 +12,11 @@ from workshop import Shop
 
 from posttrain.contract import Sequence
 from posttrain.data.records import Conversation, Message
-from posttrain.errors import IntegrityError, RecipeError
+from posttrain.errors import BaseModelError, IntegrityError, RecipeError
 from posttrain.policy import LoraOptions, Pack, Policy, cut_layers
 from posttrain.policy.importance import layer_importance, most_important
 from posttrain.stages import Workbench, distill
+from posttrain.stages.bench import batches
 from posttrain.stages.distill import DistillOptions
 from posttrain.training import Learner, OptimiserOptions
 from tiny_models import stored, tiny_model
@@ -107,6 +108,46 @@ def test_the_loss_does_not_depend_on_how_a_step_is_packed(shop: Shop) -> None:
         distill.run(replace(OPTIONS, epochs=2.0), taught(shop), shop.bench(f"size{size}", pack_tokens=size))
         losses[size] = shop.notes.of("loss")
     assert losses[40] == pytest.approx(losses[5000], abs=3e-3)
+
+
+def test_a_student_that_learns_states_meets_them_and_the_step_counts_each_position_once(shop: Shop) -> None:
+    """The distance falls faster than where only distributions are learned, and is the same however a step is packed."""
+    hinted, plain = replace(SOFT, states=3.0), replace(SOFT, states=1e-9)
+    last = {}
+    for name, options in (("hinted", hinted), ("plain", plain)):
+        shop.notes.lines.clear()
+        distill.run(options, taught(shop), shop.bench(name))
+        distances = shop.notes.of("state_distance")
+        assert distances[0] == pytest.approx(first_distance(shop), rel=1e-3)
+        last[name] = distances[-1]
+    assert last["hinted"] < 0.7 * last["plain"]
+    shop.notes.lines.clear()
+    distill.run(hinted, taught(shop), shop.bench("split", pack_tokens=40))
+    assert shop.notes.of("state_distance")[-1] == pytest.approx(last["hinted"], rel=2e-2)
+
+
+@torch.no_grad()
+def first_distance(shop: Shop) -> float:
+    """Of the cut student, before it learned: its layers against the teacher's, sequence by sequence; the last one's is the last."""
+    bench, sequences = shop.bench("first"), taught(shop)
+    kept = most_important(layer_importance(bench.policy, Pack.of(sequences)), OPTIONS.layers)
+    student = Policy(cut_layers(bench.policy.base, kept))
+    plan = [sequences[i] for i in batches(len(sequences), OPTIONS.batch, OPTIONS.epochs, bench.seed)[0]]
+    pack = Pack.of(plan)
+    (_, own), (_, theirs) = student.states(pack, [0, 1]), bench.policy.states(pack, [kept[0], 2])
+    return float(sum(((a - b).square().sum(-1) / b.square().sum(-1)).mean() for a, b in zip(own, theirs, strict=True)) / 2)
+
+
+def test_states_of_a_teacher_that_runs_row_by_row_are_refused(shop: Shop) -> None:
+    bench = shop.bench()
+    bench.policy.packs = False
+    with pytest.raises(BaseModelError, match=r"distill\.states.*set states to 0"):
+        distill.run(replace(SOFT, states=1.0), taught(shop), bench)
+
+
+def test_answers_alone_may_come_with_states(shop: Shop) -> None:
+    distill.run(replace(OPTIONS, answers=1.0, epochs=1.0, states=1.0), taught(shop), shop.bench())
+    assert all("state_distance" in metrics and "kl_sum" not in metrics for _, _, metrics in shop.notes.lines)
 
 
 def test_a_refitted_student_starts_nearer_to_its_teacher(shop: Shop) -> None:

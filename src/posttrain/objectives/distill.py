@@ -3,7 +3,8 @@
 Student and teacher logits have one shape [..., V] over one vocabulary (cut padded columns first) and are aligned with the mask;
 the teacher is a constant; p_T = softmax(z_T / tau), p_S = softmax(z_S / tau).
 
-Sources: Hinton et al. 2015, section 2; Agarwal et al. 2023 eq. 1 (JSD), algorithm 1; Chen et al. 2024 (Proxy-KD); TRL gkd_trainer.py.
+Sources: Hinton et al. 2015, section 2; Romero et al. 2015 (FitNets); Agarwal et al. 2023 eq. 1 (JSD), algorithm 1; Chen et al. 2024
+(Proxy-KD); TRL gkd_trainer.py.
 """
 
 from __future__ import annotations
@@ -58,6 +59,14 @@ def hard_ce_tokens(student_logits_nv: Tensor, targets_n: Tensor) -> Tensor:
     same_shape(student_logits_nv[..., 0], targets_n)
     flat = torch.where(targets_n < 0, -100, targets_n).flatten()
     return cross_entropy(wide(student_logits_nv).flatten(0, -2), flat, reduction="none").view(targets_n.shape)
+
+
+def state_distance_tokens(student_states_td: Tensor, teacher_states_td: Tensor) -> Tensor:
+    """|h_S - h_T|^2 / |h_T|^2 at each position: a hint (FitNets eq. 3, Jiao et al. 2020, TinyBERT, eq. 8, both with one width and no
+    projection), relative to the teacher's state, so that layers whose states differ in size count alike. [..., D] x 2 -> [...]."""
+    same_shape(student_states_td, teacher_states_td)
+    student, teacher = wide(student_states_td), wide(teacher_states_td).detach()
+    return divide((student - teacher).square().sum(-1), teacher.square().sum(-1))
 
 
 def forward_kl(

@@ -17,9 +17,8 @@ from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.policy.base import free_bytes, resolve_base
 from posttrain.policy.policy import Policy
-from posttrain.policy.refit import check_refit
 from posttrain.recipe import Recipe, StageRecipe, stage_options
-from posttrain.stages.distill import DistillOptions
+from posttrain.stages.distill import DistillOptions, check_layers
 from posttrain.stages.distill import check as check_student
 from posttrain.stages.reason import ReasonOptions, check_tasks
 from posttrain.training import team
@@ -48,7 +47,7 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
 
 def check_students(recipe: Recipe, base: Path) -> None:
     """Raise RecipeError when a student would keep more than the base has (its teacher, a student itself, may have less), and
-    BaseModelError when layers like the base's cannot be fitted."""
+    BaseModelError when layers like the base's cannot be fitted or followed."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     students = {stage.name: options for stage in recipe.stages if isinstance(options := stage_options(stage), DistillOptions)}
@@ -57,9 +56,10 @@ def check_students(recipe: Recipe, base: Path) -> None:
     config = AutoConfig.from_pretrained(base)
     for name, options in students.items():
         check_student(options, config, where=f"stages.{name}.options")
-    if any(options.refit > 0 for options in students.values()):
-        with torch.device("meta"):  # its layers without their weights
-            check_refit(Policy(AutoModelForCausalLM.from_config(config)))
+    with torch.device("meta"):  # its layers without their weights
+        policy = Policy(AutoModelForCausalLM.from_config(config))
+    for options in students.values():
+        check_layers(options, policy)
 
 
 def check_sharding(recipe: Recipe) -> None:

@@ -44,9 +44,9 @@ def refit(
     layers = student.base.base_model.layers
     if width == student.base.config.get_text_config().intermediate_size:
         width = None
-    reach = [*kept[:-1], len(teacher.base.base_model.layers) - 1]  # the teacher's layer that each one has to meet
-    fitted = [place for place, layer in enumerate(reach) if layer != place or width is not None]
-    _, targets = teacher.states(pack, [reach[place] for place in fitted])
+    met = reach(kept, len(teacher.base.base_model.layers))
+    fitted = [place for place, layer in enumerate(met) if layer != place or width is not None]
+    _, targets = teacher.states(pack, [met[place] for place in fitted])
     left: list[float] = []
     hooks = [_install(layers[place], target, ridge, width, left) for place, target in zip(fitted, targets, strict=True)]
     try:
@@ -58,6 +58,11 @@ def refit(
     if width is not None:
         student.base.config.get_text_config().intermediate_size = width
     return left
+
+
+def reach(kept: Sequence[int], layers: int) -> tuple[int, ...]:
+    """The layer of the teacher, which has so many, whose states each of the student's has to meet: its own; the last one's the last."""
+    return (*kept[:-1], layers - 1)
 
 
 def check_refit(policy: Policy) -> None:

@@ -15,13 +15,13 @@ from pydantic import Field
 from torch import Tensor
 
 from posttrain.contract import Sequence as Rendered
-from posttrain.errors import IntegrityError, RecipeError
-from posttrain.objectives.distill import hinton_tokens, reduce_tokens
+from posttrain.errors import BaseModelError, IntegrityError, RecipeError
+from posttrain.objectives.distill import hinton_tokens, reduce_tokens, state_distance_tokens
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.importance import layer_importance, most_important
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import Policy
-from posttrain.policy.refit import check_refit, refit
+from posttrain.policy.refit import check_refit, reach, refit
 from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
 from posttrain.ranges import Count, NonNegative, Positive, Share
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
@@ -38,7 +38,9 @@ class DistillOptions:
     (see `policy.refit`; 0: not done, which a width does not allow); fitted: how many records, evenly spread, the fit reads, all at once
     (null: all of them);
     answers: share of the steps that learn the teacher's answers (sequence-level KD, Kim & Rush 2016) before the distributions;
-    alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015)."""
+    alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015);
+    states: weight, in all steps, of the distance to the states of the teacher that the fit meets, mean over layers and positions,
+    prompts included (hints, Romero 2015; 0: none)."""
 
     layers: Annotated[int, Field(ge=2)] = 16
     width: Annotated[int, Field(ge=1)] | None = None
@@ -49,6 +51,7 @@ class DistillOptions:
     answers: Share = 0.3
     alpha: Share = 0.9
     temperature: Positive = 1.0
+    states: NonNegative = 0.0
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=5e-4))
 
 
@@ -80,14 +83,23 @@ def check(options: DistillOptions, config: Any, where: str = "distill") -> None:
         )
 
 
+def check_layers(options: DistillOptions, teacher: Policy) -> None:
+    """Refuse a teacher whose layers cannot be fitted, or whose states cannot be learned. Raises BaseModelError."""
+    if options.refit > 0:
+        check_refit(teacher)
+    if options.states > 0 and not teacher.packs:
+        raise BaseModelError(
+            "this architecture's states cannot be learned: it runs row by row", where="distill.states", remedy="set states to 0"
+        )
+
+
 def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -> Policy:
     """Train a student of `bench.policy` (the teacher) on `taught`: the teacher's own outputs as sequences. Returns the student."""
     teacher = bench.policy
     teacher.forget_inference()  # its own answers are drawn; from here it gives distributions
     locked = fingerprint(teacher.base)
     check(options, teacher.config)
-    if options.refit > 0:
-        check_refit(teacher)
+    check_layers(options, teacher)
     kept = _kept(options, teacher, taught)
     student = Policy(cut_layers(teacher.base, kept))
     student.recompute = teacher.recompute
@@ -98,14 +110,17 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     embedding = student.base.get_input_embeddings().weight
     trained = {name: p for name, p in base_parameters(student.base).items() if p is not embedding}
     plan = batches(len(taught), options.batch, options.epochs, bench.seed)
-    learner = Learner(student, trained, options.optimiser, len(plan))
+    met = reach(kept, len(teacher.base.base_model.layers)) if options.states > 0 else ()
+    learner = Learner(student, trained, options.optimiser, len(plan), blocks=range(len(met)))
     first = round(options.answers * len(plan))
 
     def work(step: int) -> Work:
         sequences = [taught[i] for i in plan[step]]
         total = learned_weight(sequences)
+        packs = fill_packs(sequences, bench.pack_tokens)
         alpha = 0.0 if step < first else options.alpha
-        return Work(fill_packs(sequences, bench.pack_tokens), _Distil(teacher, total, alpha, options.temperature))
+        tokens = sum(pack.tokens for pack in packs)
+        return Work(packs, _Distil(teacher, total, alpha, options.temperature, met, options.states, tokens))
 
     train(bench, learner, work)
     learner.freeze()
@@ -130,19 +145,31 @@ def _one_pack(taught: Sequence[Rendered], most: int | None) -> Pack:
 
 @dataclass(frozen=True, slots=True)
 class _Distil:
-    """(1 - alpha) CE(teacher's answer) + alpha tau^2 KL(p_T || p_S), each a mean over the step's supervised tokens (objectives.md 6)."""
+    """(1 - alpha) CE(teacher's answer) + alpha tau^2 KL(p_T || p_S), each a mean over the step's supervised tokens (objectives.md 6), and
+    `states` times the distance of the student's states to the teacher's after its layers `met`, a mean over those and the step's tokens."""
 
     teacher: Policy
     total: float
     alpha: float
     temperature: float
+    met: Sequence[int]
+    states: float
+    tokens: int
 
     def __call__(self, scored: Scored) -> tuple[Tensor, Metrics]:
-        if self.alpha == 0:
+        if self.alpha == 0 and not self.met:
             return SftObjective(self.total)(scored)
-        pack = scored.pack
         with torch.no_grad():
-            target = self.teacher.hidden(pack)[pack.rows]
+            hidden, wanted = self.teacher.states(scored.pack, self.met)
+        loss, metrics = SftObjective(self.total)(scored) if self.alpha == 0 else self._answers(scored, hidden[scored.pack.rows])
+        if not self.met:
+            return loss, metrics
+        sums = [state_distance_tokens(*pair).sum() for pair in zip(scored.states, wanted, strict=True)]
+        distance = torch.stack(sums).mean() / self.tokens
+        return loss + self.states * distance, {**metrics, "state_distance": distance.detach()}
+
+    def _answers(self, scored: Scored, target: Tensor) -> tuple[Tensor, Metrics]:
+        pack = scored.pack
 
         def tokens(logits: Tensor, teacher_hidden: Tensor, answer: Tensor) -> Tensor:
             return hinton_tokens(logits, self.teacher.head.logits(teacher_hidden), answer, self.temperature, self.alpha)

@@ -25,6 +25,7 @@ class Scored:
     policy: Policy
     pack: Pack
     hidden: Tensor  # [N, hidden] at pack.rows
+    states: Sequence[Tensor] = ()  # [T, hidden] after each of the learner's `blocks`
 
     def logprobs(self) -> Tensor:
         """[N] float32."""
@@ -62,9 +63,16 @@ class Learner:
     """Trains one set of parameters of a policy: a named adapter, or (a student) given base parameters."""
 
     def __init__(
-        self, policy: Policy, parameters: Mapping[str, nn.Parameter], options: OptimiserOptions, total_steps: int
+        self,
+        policy: Policy,
+        parameters: Mapping[str, nn.Parameter],
+        options: OptimiserOptions,
+        total_steps: int,
+        blocks: Sequence[int] = (),
     ) -> None:
+        """`blocks`: after which of the policy's layers an objective reads the states, at every position."""
         assert parameters and total_steps > 0, "nothing to train, or no steps"
+        self.blocks = blocks
         self.policy, self.options, self.total_steps = policy, options, total_steps
         self.parameters = dict(parameters)
         team().copy_([parameter.data for parameter in self.parameters.values()])  # the same start everywhere
@@ -125,7 +133,8 @@ class Learner:
 
     def score(self, pack: Pack) -> Scored:
         pack = pack.to(self.policy.device)
-        return Scored(self.policy, pack, self.policy.hidden(pack)[pack.rows])
+        hidden, states = self.policy.states(pack, self.blocks)
+        return Scored(self.policy, pack, hidden[pack.rows], states)
 
     @torch.no_grad()
     def reference_logprobs(self, packs: Sequence[Pack]) -> list[tuple[Pack, Tensor]]:
