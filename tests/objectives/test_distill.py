@@ -136,3 +136,20 @@ def test_proxy_weights_are_standardised_and_detached() -> None:
 def test_two_vocabularies_are_refused() -> None:
     with pytest.raises(AssertionError, match="shapes differ"):
         distill.forward_kl_tokens(torch.zeros(2, 5), torch.zeros(2, 6))
+
+
+def test_a_distance_of_states_is_relative_to_the_teachers() -> None:
+    student = torch.tensor([[3.0, 4.0], [1.0, 1.0], [2.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    distances = distill.state_distance_tokens(student, teacher)
+    assert distances.tolist() == pytest.approx([16 / 9, 0.0, 4.0])  # a state of nothing is compared with nothing divided
+    distances.sum().backward()
+    assert torch.allclose(student.grad, torch.tensor([[0.0, 8 / 9], [0.0, 0.0], [4.0, 0.0]], dtype=torch.float64))
+    assert teacher.grad is None
+
+
+def test_a_distance_of_bfloat16_states_is_computed_in_float32() -> None:
+    student, teacher = (torch.full((1, 512), value, dtype=torch.bfloat16) for value in (1.0078125, 1.0))
+    distance = distill.state_distance_tokens(student, teacher)
+    assert distance.dtype == torch.float32
+    assert distance.item() == pytest.approx(0.0078125**2)

@@ -122,6 +122,8 @@ def test_a_release_is_measured_again_beside_the_weights_it_came_from(road: tuple
 def test_what_is_no_release_channel_or_base_is_said_to_be_neither(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:
     with pytest.raises(RegistryError, match=r"unknown release, channel or base.*'prodution'.*did you mean production"):
         load_target("prodution", str(tiny_base), road[0])
+    with pytest.raises(RegistryError, match=r"no registry here.*--runs"):
+        load_target("production", str(tiny_base), road[0] / "elsewhere")
 
 
 def test_moving_a_parent_names_the_adapters_that_must_be_made_again(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

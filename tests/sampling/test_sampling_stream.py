@@ -213,3 +213,19 @@ def test_adapters_that_cannot_share_a_pass_take_turns() -> None:
     got, _ = play(engine.open(4), [(i, request) for i, request in enumerate(asked)])
     for request, sample in zip(asked, got, strict=True):
         same(sample, engine, request)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_two_streams_of_one_policy_take_turns_without_taking_each_others_adapter(family: str) -> None:
+    engine = sampler(family, ("a", "b"))
+    asked = [SampleRequest(PROMPTS[0], 0, SampleOptions(12), adapter=name) for name in ("a", None, "b")]
+    streams = [engine.open(1) for _ in asked]
+    tickets = [stream.admit([request])[0] for stream, request in zip(streams, asked, strict=True)]
+    got: dict[int, Sample | PosttrainError] = {}
+    for _ in range(20):
+        for place, stream in enumerate(streams):
+            if (found := stream.step()).keys():
+                got[place] = found[tickets[place]]
+    for place, request in enumerate(asked):
+        same(got[place], engine, request)
+    assert len({sample.ids for sample in got.values() if isinstance(sample, Sample)}) == 3

@@ -62,8 +62,8 @@ def hard_ce_tokens(student_logits_nv: Tensor, targets_n: Tensor) -> Tensor:
 
 
 def state_distance_tokens(student_states_td: Tensor, teacher_states_td: Tensor) -> Tensor:
-    """|h_S - h_T|^2 / |h_T|^2 at each position: a hint (FitNets eq. 3, Jiao et al. 2020, TinyBERT, eq. 8, both with one width and no
-    projection), relative to the teacher's state, so that layers whose states differ in size count alike. [..., D] x 2 -> [...]."""
+    """|h_S - h_T|^2 / |h_T|^2 at each position: a hint (FitNets eq. 3; Jiao et al. 2020, TinyBERT, eq. 8), without a projection since both
+    have one width, and relative to the teacher's state, so that layers whose states differ in size count alike. [..., D] x 2 -> [...]."""
     same_shape(student_states_td, teacher_states_td)
     student, teacher = wide(student_states_td), wide(teacher_states_td).detach()
     return divide((student - teacher).square().sum(-1), teacher.square().sum(-1))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from posttrain.evaluation import RunSummary
     from posttrain.recipe import Recipe
 
-_SHOWN = ("loss", "reward", "pass_share", "accuracy", "drift", "kl_sum", "lr")
+_SHOWN = ("loss", "reward", "pass_share", "accuracy", "drift", "kl_sum", "state_distance", "lr")
 _EVERY = 10.0  # seconds between lines where there is no terminal
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +53,7 @@ class Target:
 
 def load_target(target: str, base: str, runs: Path, device: torch.device | None = None) -> Target:
     """A release, a channel, 'tenants' or a base, ready to be measured. `device` None: see `find_device`."""
-    if not (runs / "registry").is_dir():
+    if not (runs / "registry").is_dir() and _is_base(target):
         return _base(target, device)
     registry, channels = open_registry(runs)
     parents = Parents(registry, base, runs / "weights", None)
@@ -62,7 +61,9 @@ def load_target(target: str, base: str, runs: Path, device: torch.device | None 
         return _tenants(registry, channels, parents, device)
     release = _release(target, registry, channels)
     if release is None:
-        return _base(target, device, (*channels.names(), *(known.id for known in registry.list())))
+        if not _is_base(target):
+            raise unknown("release, channel or base", target, ("tenants", *channels.names(), *EMBEDDED))
+        return _base(target, device)
     runtime = Runtime.load(parents.runs_on(release).folder, device=device)
     name = _resident(runtime, release)
     if release.lineage.kind is not Kind.DENSE:
@@ -70,10 +71,12 @@ def load_target(target: str, base: str, runs: Path, device: torch.device | None 
     return Target(runtime, lambda task: name, Runtime.load(parents.origin(release).folder, device=device))
 
 
-def _base(target: str, device: torch.device | None, others: Iterable[str] = ()) -> Target:
-    """Raises RegistryError for what is neither one of the `others` (which are no bases) nor looks like a base."""
-    if target not in EMBEDDED and "/" not in target and not Path(target).is_dir():
-        raise unknown("release, channel or base", target, (*others, *EMBEDDED))
+def _is_base(target: str) -> bool:
+    """Whether a name looks like a base: an embedded one, a folder, or a hub id."""
+    return target in EMBEDDED or "/" in target or Path(target).is_dir()
+
+
+def _base(target: str, device: torch.device | None) -> Target:
     return Target(Runtime.load(resolve_base(target), device=device), lambda task: None)
 
 

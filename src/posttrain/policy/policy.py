@@ -276,11 +276,14 @@ class Policy:
         if name is not None and name not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
             raise BindingError("the policy holds no such adapter", where="policy", value=name, remedy=f"loaded: {loaded}")
-        if not self.adapters:
+        layers = self._lora_layers()
+        if all(
+            layer.disable_adapters == (name is None) and (name is None or layer.active_adapters == [name]) for layer in layers
+        ):
             return
         # PEFT turns gradients on and off as it switches; who trains what is the learner's business, so put it back
         before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        for layer in self._lora_layers():
+        for layer in layers:
             layer.enable_adapters(name is not None)
             if name is not None:
                 layer.set_adapter(name)

@@ -11,7 +11,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_SHOWN = ("loss", "reward", "pass_share", "accuracy", "margin", "drift", "kl_sum", "grad_norm")
+_SHOWN = ("loss", "reward", "pass_share", "accuracy", "margin", "drift", "kl_sum", "state_distance", "grad_norm")
 _PARTS = ("load", "train", "sample", "evaluate", "release")
 _INK = "#7a7a7a"
 

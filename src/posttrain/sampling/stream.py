@@ -84,8 +84,7 @@ class LocalStream:
         done, self._failed = self._failed, {}
         for run in self._runs.values():
             if run.busy:
-                if len(self._runs) > 1:
-                    run.activate()
+                run.activate()  # another run or another stream of the same policy may have had its turn
                 done.update(run.turn())
         for ticket in done:
             self._where.pop(ticket, None)

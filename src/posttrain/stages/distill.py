@@ -1,5 +1,5 @@
 """Stage 6, distillation: the same capability, cheaper. A student cut from the teacher is refitted to its states in closed form, then
-learns its answers, then its distributions.
+learns its answers, then its distributions, and beside both, where asked, its states.
 
 The teacher is locked: its weights' fingerprint and its contract are recorded before and compared after, and it is never trained.
 """
@@ -40,7 +40,8 @@ class DistillOptions:
     answers: share of the steps that learn the teacher's answers (sequence-level KD, Kim & Rush 2016) before the distributions;
     alpha: weight of the distributions, 1 - alpha of the answers, in the second phase; temperature tau (Hinton 2015);
     states: weight, in all steps, of the distance to the states of the teacher that the fit meets, mean over layers and positions,
-    prompts included (hints, Romero 2015; 0: none)."""
+    prompts included (hints, Romero 2015; 0: none). A position that records of a pack share counts once, so that a common prompt does not
+    drown what differs; smaller packs share less."""
 
     layers: Annotated[int, Field(ge=2)] = 16
     width: Annotated[int, Field(ge=1)] | None = None
@@ -83,13 +84,16 @@ def check(options: DistillOptions, config: Any, where: str = "distill") -> None:
         )
 
 
-def check_layers(options: DistillOptions, teacher: Policy) -> None:
+def check_layers(options: DistillOptions, teacher: Policy, where: str = "distill") -> None:
     """Refuse a teacher whose layers cannot be fitted, or whose states cannot be learned. Raises BaseModelError."""
     if options.refit > 0:
         check_refit(teacher)
     if options.states > 0 and not teacher.packs:
         raise BaseModelError(
-            "this architecture's states cannot be learned: it runs row by row", where="distill.states", remedy="set states to 0"
+            "this architecture's states cannot be learned: it runs row by row",
+            where=f"{where}.states",
+            value=options.states,
+            remedy="set states to 0",
         )
 
 
@@ -106,7 +110,7 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     if options.refit > 0:
         pack = _one_pack(taught, options.fitted)
         distances = refit(student, teacher, kept, pack, options.refit, options.width)
-        bench.log("refit", -1, 1, {"state_distance": sum(distances) / max(1, len(distances))})
+        bench.log("refit", -1, 1, {"fit_distance": sum(distances) / max(1, len(distances))})
     embedding = student.base.get_input_embeddings().weight
     trained = {name: p for name, p in base_parameters(student.base).items() if p is not embedding}
     plan = batches(len(taught), options.batch, options.epochs, bench.seed)

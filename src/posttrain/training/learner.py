@@ -19,8 +19,8 @@ from posttrain.training.team import team
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """What an objective's caller may read of one pack: the policy's hidden states at its predictions, and through the chunked head
-    log-probabilities. Everything keeps its graph."""
+    """What an objective's caller may read of one pack: the policy's hidden states at its predictions, through the chunked head
+    log-probabilities, and the states between layers that the learner was told to keep. Everything keeps its graph."""
 
     policy: Policy
     pack: Pack

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -136,8 +137,9 @@ def team() -> Team:
 
 
 def _leave() -> None:
-    """End the backend's threads while the interpreter still runs: one that lets go of a tensor after that aborts the process."""
-    if dist.is_initialized():
+    """End the backend's threads while the interpreter still runs: one that lets go of a tensor after that aborts the process. Not after an
+    error that nobody caught: the others may still wait for this process, and it must not wait for them."""
+    if dist.is_initialized() and not hasattr(sys, "last_type"):
         dist.destroy_process_group()
 
 
