@@ -148,3 +148,12 @@ def test_an_error_in_a_step_keeps_the_steps_before_it(shop: Shop) -> None:
 
     train(again, learner(again), rest)
     assert done == [3, 4]
+
+
+def test_memory_is_given_back_now_and_then(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr("posttrain.stages.bench._TRIMMED", 2)
+    monkeypatch.setattr("posttrain.stages.bench.trim_heap", lambda: given.append(len(shop.notes.lines)))
+    bench = shop.bench()
+    train(bench, learner(bench, 5), lambda step: Work([PACK], objective))
+    assert given == [1, 3]  # in the second and the fourth of five steps

@@ -28,6 +28,7 @@ from posttrain.pipeline.runtime import Runtime, parse_dtype, prepare_process
 from posttrain.pipeline.summary import summarise
 from posttrain.policy.base import resolve_base
 from posttrain.policy.device import device_name, find_device, peak_device_memory_mb
+from posttrain.policy.heap import give_memory_back
 from posttrain.recipe import Recipe, StageRecipe, gate_policy
 from posttrain.releases import Channels, Registry, Release
 from posttrain.report import write_report
@@ -142,6 +143,7 @@ class _Run:
                    str(runtime.policy.dtype).removeprefix("torch."), self.renderings))  # fmt: skip
         with clock.part("train"):
             pulled = pull(stage, material, bench, Player(runtime, self.world, self.console), runtime, str(parent.folder))
+        give_memory_back()
         with clock.part("evaluate"):
             came_from = runtime if pulled.dense else None
             card = self.measurer.measure(pulled.runtime, pulled.adapter_for, candidate=stage.name, parent=came_from)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import gc
 import logging
 import os
 import warnings
@@ -16,6 +13,7 @@ import torch
 from posttrain.contract import Contract
 from posttrain.grammar.matcher import GrammarEngine
 from posttrain.policy.device import find_device
+from posttrain.policy.heap import give_memory_back, keep_heap
 from posttrain.policy.policy import Policy
 from posttrain.sampling import LocalSampler
 
@@ -37,8 +35,7 @@ class Runtime:
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Runtime:
         """Contract first: a wrong lock is refused before any weight is read. `device` None: see `find_device`."""
-        gc.collect()  # modules with forwards of their own are cycles: the last model's weights would wait for the collector's turn
-        _trim_heap()
+        give_memory_back()
         contract = Contract.load(folder)
         return cls.of(Policy.load(folder, dtype, device or find_device()), contract)
 
@@ -46,29 +43,11 @@ class Runtime:
 def prepare_process(threads: int | None) -> int:
     """Once per process: threads for matrix products (the recipe's number, else POSTTRAIN_THREADS, else all cores), and a C heap
     that keeps what it has. Returns the number of threads."""
-    _keep_heap()
+    keep_heap()
     # PEFT reads an attribute that transformers renames; nothing a user could act on
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it; it then asks for a kernel that is not used here
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     return set_threads(threads)
-
-
-def _keep_heap() -> None:
-    """Tell glibc not to hand freed memory back: every step frees and allocates the same activations, and faulting the pages in again
-    took up to half of a training step on virtual machines (docs/performance.md). No effect on other C libraries."""
-    mmap_max, trim_threshold, top_pad, arena_max = -4, -1, -2, -8
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((mmap_max, 0), (trim_threshold, 2**31 - 1), (top_pad, 64 << 20), (arena_max, 1)):
-        mallopt(option, value)
-
-
-def _trim_heap() -> None:
-    """Give freed pages back once, between models: steps reuse them, but the next model's tensors do not fit the gaps of the last."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def set_threads(count: int | None) -> int:

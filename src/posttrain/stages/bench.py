@@ -18,6 +18,7 @@ import numpy as np
 from posttrain.contract import Contract
 from posttrain.contract import Sequence as Rendered
 from posttrain.contract.rendering import Renderer
+from posttrain.policy.heap import trim_heap
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 from posttrain.training import Checkpointer, Learner, Objective, team
@@ -64,6 +65,9 @@ class Work:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+_TRIMMED = 16  # steps from one giving back of memory to the next: a student's steps left gaps of 35 MB each
+
+
 def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase: str = "train") -> str | None:
     """Run the learner's remaining steps, with checkpoints in the background (of several processes, the first's). Returns why it stopped
     early, if it did."""
@@ -84,6 +88,8 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
                 metrics["pack_tokens"] = float(sum(pack.tokens for pack in todo.packs))
             unsaved = None  # within an update there is no whole state
             metrics |= learner.step()
+            if step % _TRIMMED == _TRIMMED - 1:
+                trim_heap()
             stopped = bench.watch(step, metrics)
             bench.log(phase, step, learner.total_steps, metrics)
             unsaved = {"step": step + 1, "stopped": stopped}
