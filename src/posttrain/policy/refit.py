@@ -65,7 +65,7 @@ def reach(kept: Sequence[int], layers: int) -> tuple[int, ...]:
     return (*kept[:-1], layers - 1)
 
 
-def check_refit(policy: Policy) -> None:
+def check_refit(policy: Policy, where: str = "distill.refit") -> None:
     """Raise BaseModelError for a policy whose layers cannot be refitted."""
     for layer in policy.base.base_model.layers:
         mlp = getattr(layer, "mlp", None)
@@ -74,7 +74,7 @@ def check_refit(policy: Policy) -> None:
         if not (policy.packs and gated and plain):
             raise BaseModelError(
                 "this architecture's layers cannot be refitted",
-                where="distill.refit",
+                where=where,
                 value=type(layer).__name__,
                 remedy="set refit to 0 and width to null, and give the distillation more steps",
             )

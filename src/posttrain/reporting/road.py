@@ -36,9 +36,10 @@ def road_svg(base: str, stages: Sequence[Mapping[str, Any]], channels: Mapping[s
         )
         if accepted:
             pointed = [name for name, release in channels.items() if release in (stage.get("releases") or {}).values()]
-            flag = "⚑ " + ", ".join(pointed) if pointed else ""
-            parts.append(_flag(x, y, flag))
-            right = max(right, x + (_WIDTH + _LETTER * len(flag)) / 2)
+            if pointed:
+                flag = "⚑ " + ", ".join(pointed)
+                parts.append(_flag(x, y, flag))
+                right = max(right, x + (_WIDTH + _LETTER * len(flag)) / 2)
         if accepted and not leaves:
             last = x
     width, height = max(right, x + _WIDTH) + 8, lowest + _HEIGHT + 14
@@ -64,4 +65,4 @@ def _edge(start: float, end: float, y: float, accepted: bool) -> str:
 
 
 def _flag(x: float, y: float, text: str) -> str:
-    return f'<text class="flag" x="{x + _WIDTH / 2}" y="{y - 12}">{escape(text)}</text>' if text else ""
+    return f'<text class="flag" x="{x + _WIDTH / 2}" y="{y - 12}">{escape(text)}</text>'

@@ -87,7 +87,7 @@ def check(options: DistillOptions, config: Any, where: str = "distill") -> None:
 def check_layers(options: DistillOptions, teacher: Policy, where: str = "distill") -> None:
     """Refuse a teacher whose layers cannot be fitted, or whose states cannot be learned. Raises BaseModelError."""
     if options.refit > 0:
-        check_refit(teacher)
+        check_refit(teacher, f"{where}.refit")
     if options.states > 0 and not teacher.packs:
         raise BaseModelError(
             "this architecture's states cannot be learned: it runs row by row",
@@ -165,14 +165,16 @@ class _Distil:
             return SftObjective(self.total)(scored)
         with torch.no_grad():
             hidden, wanted = self.teacher.states(scored.pack, self.met)
-        loss, metrics = SftObjective(self.total)(scored) if self.alpha == 0 else self._answers(scored, hidden[scored.pack.rows])
+        loss, metrics = (
+            SftObjective(self.total)(scored) if self.alpha == 0 else self._distributions(scored, hidden[scored.pack.rows])
+        )
         if not self.met:
             return loss, metrics
         sums = [state_distance_tokens(*pair).sum() for pair in zip(scored.states, wanted, strict=True)]
         distance = torch.stack(sums).mean() / self.tokens
         return loss + self.states * distance, {**metrics, "state_distance": distance.detach()}
 
-    def _answers(self, scored: Scored, target: Tensor) -> tuple[Tensor, Metrics]:
+    def _distributions(self, scored: Scored, target: Tensor) -> tuple[Tensor, Metrics]:
         pack = scored.pack
 
         def tokens(logits: Tensor, teacher_hidden: Tensor, answer: Tensor) -> Tensor:
