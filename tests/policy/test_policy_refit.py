@@ -11,7 +11,7 @@ from torch import Tensor
 
 from posttrain.errors import BaseModelError
 from posttrain.policy import Pack, Policy, cut_layers
-from posttrain.policy.refit import check_refit, refit
+from posttrain.policy.refit import _worth_most, check_refit, refit
 from tiny_models import random_ids, sequence, tiny_model
 
 RNG = random.Random(3)
@@ -127,6 +127,19 @@ def test_removal_by_worth_leaves_less_than_removal_at_random() -> None:
         return float((y - own @ torch.linalg.lstsq(own, y).solution).square().sum() / len(y))
 
     assert left < 0.9 * min(at_random() for _ in range(20))
+
+
+@pytest.mark.parametrize("width", [12, 30, 47, 48])
+def test_one_inverse_for_all_rounds_chooses_as_an_inverse_a_round(width: int) -> None:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(200, 48, generator=rng, dtype=torch.float64) @ torch.randn(48, 48, generator=rng, dtype=torch.float64)
+    gram, wanted = x.t() @ x + torch.eye(48), x.t() @ torch.randn(200, 7, generator=rng, dtype=torch.float64)
+    want = torch.arange(48)
+    for turn in range(1, 9):
+        inverse = torch.linalg.inv(gram[want][:, want])
+        worth = (inverse @ wanted[want]).square().sum(1) / inverse.diagonal()
+        want = want[worth.topk(48 - (48 - width) * turn // 8).indices.sort().values]
+    assert torch.equal(_worth_most(gram, wanted, width), want)
 
 
 def test_a_narrow_student_is_stored_and_loaded_as_any_model(tmp_path: Path) -> None:

@@ -130,14 +130,21 @@ def _solve(
 
 
 def _worth_most(gram: Tensor, wanted: Tensor, width: int) -> Tensor:
-    """The `width` neurons that remain when those whose loss costs the fit least go, round by round."""
+    """The `width` neurons that remain when those whose loss costs the fit least go, round by round. The inverse and the fit of those that
+    remain follow from the ones before by the Schur complement of what goes, so that one inverse serves all rounds."""
     inner = len(gram)
     neurons = torch.arange(inner)
+    inverse = torch.linalg.inv(gram)
+    fit = inverse @ wanted
     for turn in range(1, _ROUNDS + 1):
-        inverse = torch.linalg.inv(gram[neurons][:, neurons])
-        worth = (inverse @ wanted[neurons]).square().sum(1) / inverse.diagonal()
+        worth = fit.square().sum(1) / inverse.diagonal()
         count = inner - (inner - width) * turn // _ROUNDS
-        neurons = neurons[worth.topk(count).indices.sort().values]
+        order = worth.argsort(descending=True)
+        stay, go = order[:count].sort().values, order[count:]
+        solved = torch.linalg.solve(inverse[go][:, go], torch.cat([inverse[go][:, stay], fit[go]], 1))
+        shared = inverse[stay][:, go] @ solved
+        inverse, fit = inverse[stay][:, stay] - shared[:, :count], fit[stay] - shared[:, count:]
+        neurons = neurons[stay]
     return neurons
 
 
