@@ -97,57 +97,48 @@ def test_a_trained_head_gets_its_own_gradient() -> None:
     torch.testing.assert_close(got, weight.grad, atol=1e-4, rtol=0)
 
 
-def test_a_function_of_logits_and_aligned_tensors_runs_in_chunks() -> None:
-    it = head(bias=True)
-    hidden, targets = rows()
-    sizes: list[int] = []
-
-    def entropy(chunk: Tensor, other: Tensor) -> Tensor:
-        sizes.append(len(chunk))
-        log_p = it.logits(chunk).log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1) + other
-
-    got = it.chunked(entropy, hidden, targets.float(), chunk=10)
-    assert sizes == [10, 10, 3]
-    log_p = it.logits(hidden).log_softmax(-1)
-    torch.testing.assert_close(got, -(log_p.exp() * log_p).sum(-1) + targets, atol=1e-5, rtol=0)
-    assert torch.autograd.grad(got.sum(), hidden)[0].any()
+def crossed(own: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy against another distribution and a target, as distillation has them."""
+    log_p = own.log_softmax(-1)
+    return -(teacher.softmax(-1) * log_p).sum(-1) - log_p.gather(1, target[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_gradient_of_a_function_in_chunks_is_that_of_the_whole(name: str) -> None:
-    """Entropy against another distribution and a target, as distillation has them; zero upstream rows stay zero."""
-    it = VARIANTS[name]
+def test_a_function_of_two_heads_logits_is_that_of_the_whole_with_its_gradient(name: str) -> None:
+    """Over several chunks and several rows in cache at once; zero upstream rows stay zero."""
+    it, teacher = VARIANTS[name], VARIANTS["all"]
     hidden, targets = rows()
     other = torch.randn(len(targets), 16, generator=torch.Generator().manual_seed(3))
     upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(2))
     upstream[4] = 0.0
-
-    def crossed(own: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        log_p = it.logits(own).log_softmax(-1)
-        return -(it.logits(teacher).softmax(-1) * log_p).sum(-1) - log_p.gather(1, target[:, None])[:, 0]
-
-    got = it.chunked(crossed, hidden, other, targets, chunk=6)
-    want = crossed(hidden, other, targets)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-    (got_grad,) = torch.autograd.grad(got, hidden, upstream)
+    want = crossed(it.logits(hidden), teacher.logits(other), targets)
     (want_grad,) = torch.autograd.grad(want, hidden, upstream)
-    torch.testing.assert_close(got_grad, want_grad, atol=1e-4, rtol=0)
-    assert not got_grad[4].any()
+    for chunk in (6, 18):
+        got = it.tokenwise(crossed, hidden, [(teacher, other)], [targets], chunk=chunk)
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+        (got_grad,) = torch.autograd.grad(got, hidden, upstream)
+        torch.testing.assert_close(got_grad, want_grad, atol=1e-4, rtol=0)
+        assert not got_grad[4].any()
+    with torch.no_grad():
+        torch.testing.assert_close(it.tokenwise(crossed, hidden, [(teacher, other)], [targets], chunk=6), want, atol=1e-5, rtol=0)
 
 
-def test_something_aligned_that_is_trained_gets_its_gradient_too() -> None:
-    it = head()
-    hidden, _ = rows()
-    scales = torch.linspace(0.5, 1.5, len(hidden), requires_grad=True)
+def test_a_trained_head_learns_from_a_function_of_its_logits_beside_anothers() -> None:
+    teacher = VARIANTS["all"]
+    weight = torch.randn(50, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    it = Head(weight, None, 1.0, None)
+    hidden, targets = rows()
+    other = torch.randn(len(targets), 16, generator=torch.Generator().manual_seed(3))
+    got = torch.autograd.grad(it.tokenwise(crossed, hidden, [(teacher, other)], [targets], chunk=6).sum(), (hidden, weight))
+    want = torch.autograd.grad(crossed(it.logits(hidden), teacher.logits(other), targets).sum(), (hidden, weight))
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-4, rtol=0)
 
-    def scaled(own: Tensor, scale: Tensor) -> Tensor:
-        return it.logits(own).logsumexp(-1) * scale
 
-    got = torch.autograd.grad(it.chunked(scaled, hidden, scales, chunk=6).sum(), (hidden, scales))
-    want = torch.autograd.grad(scaled(hidden, scales).sum(), (hidden, scales))
-    for one, other in zip(got, want, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+def test_what_would_get_no_gradient_is_refused() -> None:
+    hidden, targets = rows()
+    with pytest.raises(AssertionError, match="no gradient"):
+        head().tokenwise(crossed, hidden, [(head(), hidden)], [targets])
 
 
 def test_second_derivatives_are_refused_rather_than_wrong() -> None:
@@ -157,16 +148,16 @@ def test_second_derivatives_are_refused_rather_than_wrong() -> None:
         slope.sum().backward()
 
 
-def test_each_chunk_of_logits_is_computed_once() -> None:
+def test_a_functions_rows_are_computed_once() -> None:
     it, calls = head(cap=3.0), []
     hidden, targets = rows()
 
-    def counted(own: Tensor, target: Tensor) -> Tensor:
-        calls.append(len(own))
-        return it.logits(own).gather(1, target[:, None])[:, 0]
+    def counted(logits: Tensor, target: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return logits.gather(1, target[:, None])[:, 0]
 
-    it.chunked(counted, hidden, targets, chunk=10).sum().backward()
-    assert calls == [10, 10, 3]
+    it.tokenwise(counted, hidden, aligned=[targets], chunk=10).sum().backward()
+    assert sum(calls) == len(hidden) and max(calls) <= 10
 
 
 def test_the_head_of_a_model_with_soft_capped_logits_gives_that_models_log_probabilities() -> None:

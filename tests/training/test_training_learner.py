@@ -217,7 +217,7 @@ def test_a_function_of_the_logits_sees_them_at_the_predictions_in_chunks() -> No
         widths.append(len(logits))
         return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
 
-    got = scored.tokenwise(chosen, scored.pack.targets, chunk=16)
+    got = scored.tokenwise(chosen, aligned=[scored.pack.targets])
     torch.testing.assert_close(got, scored.logprobs(), atol=1e-5, rtol=0)
     assert max(widths) <= 16 and sum(widths) == TOTAL
     got.sum().backward()

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from posttrain.agents import RolloutOptions, World
 from posttrain.contract import Sequence as Rendered
@@ -117,11 +116,7 @@ def sequence_divergences(
         else:
             other = parent.policy.hidden(pack)[pack.rows]
         head, parent_head = runtime.policy.head, (parent or runtime).policy.head
-
-        def divergence(own: Tensor, theirs: Tensor, head=head, parent_head=parent_head) -> Tensor:  # type: ignore[no-untyped-def]
-            return reverse_kl_tokens(head.logits(own), parent_head.logits(theirs))
-
-        values = pack.pad(head.chunked(divergence, hidden, other, chunk=256))
+        values = pack.pad(head.tokenwise(reverse_kl_tokens, hidden, [(parent_head, other)]))
         counts = pack.mask().sum(1)
         for place, member in enumerate(pack.members):
             means[member] = float(values[place].sum() / counts[place])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,25 +36,45 @@ class Head:
 
     def logits(self, hidden: Tensor, product: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """[n, hidden] -> [n, V] float32. `product`: another way to h W^T + bias."""
-        out = (torch.nn.functional.linear(hidden, self.weight, self.bias) if product is None else product(hidden)).float()
+        return self._shaped(self._product(hidden) if product is None else product(hidden))
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden, self.weight, self.bias)
+
+    def _shaped(self, product: Tensor) -> Tensor:
+        out = product.float()
         if self.scale != 1.0:
             out = out * self.scale
         return out if self.cap is None else self.cap * torch.tanh(out / self.cap)
 
-    def chunked(self, function: Callable[..., Tensor], hidden: Tensor, *aligned: Tensor, chunk: int) -> Tensor:
-        """function(hidden_chunk, *aligned_chunks) -> [n] over all rows; a row's value may depend on that row alone, and what the function
-        closes over is frozen. Peak memory is one chunk's whatever the number of tokens: its gradient is formed while its logits are
-        there, or, where the head itself or something aligned is trained, the backward pass computes the logits again."""
-        if not (torch.is_grad_enabled() and hidden.requires_grad):
-            parts = [function(*pieces) for pieces in _pieces(chunk, hidden, *aligned)]
-        elif any(tensor is not None and tensor.requires_grad for tensor in (self.weight, self.bias, *aligned)):
+    def tokenwise(
+        self,
+        function: Callable[..., Tensor],
+        hidden: Tensor,
+        beside: Sequence[tuple[Head, Tensor]] = (),
+        aligned: Sequence[Tensor] = (),
+        chunk: int = 256,
+    ) -> Tensor:
+        """function(logits [n, V], *logits of each head in `beside` at its own hidden states [n, V], *aligned) -> [n], over all rows;
+        a row's value may depend on that row alone. Only this head's hidden states get a gradient, and the head itself where it is
+        trained. Peak memory is one chunk's whatever the number of tokens: the gradient is formed while the logits are there, or, where
+        the head is trained, the backward pass computes the logits again."""
+        learning = torch.is_grad_enabled()
+        assert not any(tensor.requires_grad for tensor in (*(states for _, states in beside), *aligned)), "gets no gradient here"
+        if learning and (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)):
+            heads = [head for head, _ in beside]
+
+            def again(own: Tensor, *others: Tensor) -> Tensor:
+                theirs = [head.logits(states) for head, states in zip(heads, others, strict=False)]
+                return function(self.logits(own), *theirs, *others[len(heads) :])
+
             parts = [
-                checkpoint(function, *pieces, use_reentrant=False, preserve_rng_state=False)
-                for pieces in _pieces(chunk, hidden, *aligned)
+                checkpoint(again, *pieces, use_reentrant=False, preserve_rng_state=False)
+                for pieces in _pieces(chunk, hidden, *(states for _, states in beside), *aligned)
             ]
-        else:
-            return _RowByRow.apply(hidden, function, chunk, *aligned)  # type: ignore[no-untyped-call, no-any-return]
-        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+            return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+        out: Tensor = _RowByRow.apply(hidden, self, function, beside, aligned, chunk, learning and hidden.requires_grad)  # type: ignore[no-untyped-call]
+        return out
 
     def logprobs(self, hidden: Tensor, targets: Tensor, chunk: int = 256) -> Tensor:
         """log softmax(logits(hidden))[target]: [N, hidden], [N] -> [N] float32."""
@@ -62,11 +82,11 @@ class Head:
             learning = torch.is_grad_enabled() and hidden.requires_grad
             out: Tensor = _PlainLogprobs.apply(hidden, self.weight, targets, chunk, learning)  # type: ignore[no-untyped-call]
             return out
-        return self.chunked(self._token_logprobs, hidden, targets, chunk=chunk)
+        return self.tokenwise(_token_logprobs, hidden, aligned=[targets], chunk=chunk)
 
-    def _token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(hidden)
-        return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
+
+def _token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.gather(1, targets[:, None])[:, 0] - torch.logsumexp(logits, dim=-1)
 
 
 def _pieces(chunk: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
@@ -75,28 +95,46 @@ def _pieces(chunk: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 class _RowByRow(torch.autograd.Function):
-    """Values [n] of a function whose row i reads row i of `hidden` only. The gradient of each value is then known as soon as the value is,
-    whatever the objective makes of it later: it is formed in the forward pass while the chunk's logits are there (Hsu 2024, Liger
-    Kernel, section 3.2), and the backward pass is one product with a number per row."""
+    """`Head.tokenwise` of a frozen head. The gradient of each value is known as soon as the value is, whatever the objective makes of it
+    later: it is formed in the forward pass while the chunk's logits are there (Hsu 2024, Liger Kernel, section 3.2), and the backward
+    pass is one product with a number per row. Products are made chunk by chunk, the function's own passes over the logits by rows that
+    stay in cache."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, function: Callable[..., Tensor], chunk: int, *aligned: Tensor) -> Tensor:
-        values, slopes = [hidden.new_zeros(0, dtype=torch.float32)], [hidden.new_zeros(0, hidden.shape[-1])]
-        for own, *others in _pieces(chunk, hidden, *aligned):
-            with torch.enable_grad():
-                leaf = own.detach().requires_grad_()
-                value = function(leaf, *others)
-                (slope,) = torch.autograd.grad(value.sum(), leaf)
-            values.append(value.detach())
-            slopes.append(slope)
-        ctx.save_for_backward(torch.cat(slopes))
-        ctx.rest = 2 + len(aligned)
-        return torch.cat(values)
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Head,
+        function: Callable[..., Tensor],
+        beside: Sequence[tuple[Head, Tensor]],
+        aligned: Sequence[Tensor],
+        chunk: int,
+        learning: bool,
+    ) -> Tensor:
+        values = hidden.new_empty(len(hidden), dtype=torch.float32)
+        slopes = torch.empty_like(hidden) if learning else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = head._product(hidden[rows])
+            others = [other._product(states[rows]) for other, states in beside]
+            for own, found, *rest in _pieces(_CACHED, logits, values[rows], *others, *(tensor[rows] for tensor in aligned)):
+                theirs = [other._shaped(some) for (other, _), some in zip(beside, rest, strict=False)]
+                with torch.set_grad_enabled(learning):
+                    leaf = own.detach().requires_grad_(learning)
+                    value = function(head._shaped(leaf), *theirs, *rest[len(beside) :])
+                    if learning:
+                        own.copy_(torch.autograd.grad(value.sum(), leaf)[0])
+                found.copy_(value.detach())
+            if slopes is not None:
+                slopes[rows] = logits @ head.weight
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx.saved_tensors[0], gradients[0]), *[None] * ctx.rest
+        return _scaled(ctx.saved_tensors[0], gradients[0]), None, None, None, None, None, None
 
 
 def _scaled(slopes: Tensor, upstream: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from posttrain.objectives.distill import reverse_kl_tokens
 from posttrain.policy.pack import Pack
@@ -23,10 +22,6 @@ def layer_importance(policy: Policy, pack: Pack) -> list[float]:
     """KL(p || p without the layer) of each layer, full vocabulary, mean over the pack's predictions, in nats."""
     pack = pack.to(policy.device)
     whole = policy.hidden(pack)[pack.rows]
-
-    def divergence(own: Tensor, other: Tensor) -> Tensor:
-        return reverse_kl_tokens(policy.head.logits(own), policy.head.logits(other))
-
     found = []
     for layer in policy.base.base_model.layers:
         hook = layer.register_forward_hook(_skip, with_kwargs=True)
@@ -34,7 +29,7 @@ def layer_importance(policy: Policy, pack: Pack) -> list[float]:
             without = policy.hidden(pack)[pack.rows]
         finally:
             hook.remove()
-        found.append(float(policy.head.chunked(divergence, whole, without, chunk=256).mean()))
+        found.append(float(policy.head.tokenwise(reverse_kl_tokens, whole, [(policy.head, without)]).mean()))
     return found
 
 

@@ -177,7 +177,8 @@ class _Distil:
     def _distributions(self, scored: Scored, target: Tensor) -> tuple[Tensor, Metrics]:
         pack = scored.pack
 
-        def tokens(logits: Tensor, teacher_hidden: Tensor, answer: Tensor) -> Tensor:
-            return hinton_tokens(logits, self.teacher.head.logits(teacher_hidden), answer, self.temperature, self.alpha)
+        def tokens(logits: Tensor, teacher_logits: Tensor, answer: Tensor) -> Tensor:
+            return hinton_tokens(logits, teacher_logits, answer, self.temperature, self.alpha)
 
-        return reduce_tokens(scored.tokenwise(tokens, target, pack.targets), pack.weights, normaliser=self.total)
+        values = scored.tokenwise(tokens, [(self.teacher.head, target)], [pack.targets])
+        return reduce_tokens(values, pack.weights, normaliser=self.total)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.policy.head import Head
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 from posttrain.training.checkpoint import Checkpointer, read_checkpoint
@@ -35,13 +36,11 @@ class Scored:
         """[B, L] float32, 0 where there is no prediction."""
         return self.pack.pad(self.logprobs())
 
-    def tokenwise(self, function: Callable[..., Tensor], *aligned: Tensor, chunk: int = 256) -> Tensor:
-        """function(logits [n, V], *aligned) -> [n], over chunks of the predictions; logits are never kept."""
-
-        def on_hidden(hidden: Tensor, *rest: Tensor) -> Tensor:
-            return function(self.policy.head.logits(hidden), *rest)
-
-        return self.policy.head.chunked(on_hidden, self.hidden, *aligned, chunk=chunk)
+    def tokenwise(
+        self, function: Callable[..., Tensor], beside: Sequence[tuple[Head, Tensor]] = (), aligned: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """`Head.tokenwise` at the predictions: function(logits [n, V], *logits of `beside`, *aligned) -> [n]; logits are never kept."""
+        return self.policy.head.tokenwise(function, self.hidden, beside, aligned)
 
 
 Objective = Callable[[Scored], tuple[Tensor, Mapping[str, Any]]]
