@@ -40,6 +40,13 @@ def test_greedy_takes_the_most_probable_token_and_leaves_nothing_to_chance() -> 
     assert (token, full, drawn) == (0, pytest.approx(0.4), 1.0)
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-7, 1e-46, 5e-324])
+def test_however_cold_a_row_is_it_takes_the_best_token_it_may(temperature: float) -> None:
+    for allowed, best in ((None, 0), (torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]), 2)):
+        token, full, drawn = one(0.99, allowed, temperature=temperature)
+        assert (token, full, drawn) == (best, pytest.approx(float(P[best])), 1.0)
+
+
 def test_temperature_changes_what_is_drawn_from_and_not_the_full_log_probability() -> None:
     cold = (P**2) / (P**2).sum()
     token, full, drawn = one(0.0, temperature=0.5)

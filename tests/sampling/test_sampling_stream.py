@@ -113,6 +113,33 @@ def test_a_prefix_that_was_computed_for_another_request_is_not_computed_again(mo
         same(sample, engine, fellow)
 
 
+def test_what_was_computed_for_one_scope_is_never_used_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long an answer takes would tell a tenant what another asked: at once, later, and beside a row that decodes."""
+    engine = sampler(adapters=("a",))
+    inner, tokens = Decoder.infer, []
+    monkeypatch.setattr(Decoder, "infer", lambda self, ids, *rest: tokens.append(len(ids)) or inner(self, ids, *rest))
+    secret = tuple(random_ids(300, RNG))
+    own, other = (SampleRequest(secret, 1, SampleOptions(3), adapter="a", scope=scope) for scope in ("bank", "shop"))
+    stream = engine.open(4)
+
+    def cost(*asked: tuple[int, SampleRequest]) -> int:
+        tokens.clear()
+        got, _ = play(stream, list(asked))
+        for sample, (_, request) in zip(got, asked, strict=True):
+            assert isinstance(sample, Sample) and sample.ids == engine_alone[request.scope].ids
+        return sum(tokens)
+
+    engine_alone = {request.scope: engine.sample([request])[0] for request in (own, other)}
+    assert cost((0, own)) >= 300
+    assert cost((0, own)) < 10
+    assert cost((0, other)) >= 300
+    assert cost((0, other)) < 10
+    stream = engine.open(4)
+    assert cost((0, own), (1, other)) >= 600  # the first still decodes
+    stream = engine.open(4)
+    assert cost((0, own), (0, own), (0, other), (0, other)) >= 600
+
+
 def test_what_is_remembered_is_bounded_and_forgetting_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     inner = Memory.__init__
     monkeypatch.setattr(Memory, "__init__", lambda self, cache: inner(self, cache, max_bytes=60_000, max_trunks=2))

@@ -53,7 +53,7 @@ def draw(
     """logits [R, V] float32, allowed [R, V] (0: forbidden, 1: allowed) -> (tokens [R], full log-probabilities [R], log-probabilities
     drawn from [R]).
 
-    A row takes the token in whose stretch of the unit interval its number u falls. Greedy rows (temperature 0) take the most probable
+    A row takes the token in whose stretch of the unit interval its number u falls. Greedy rows take the most probable
     allowed token; its drawn-from log-probability is 0: nothing was left to chance. `context` gives a row's prompt and answer so far,
     asked for only where a repetition penalty needs it. The full log-probabilities know neither mask nor options.
     """
@@ -66,16 +66,16 @@ def draw(
     for i, option in enumerate(options):
         mask = None if allowed is None else allowed[i]
         fits = (mask is None or bool(mask[tokens[i]])) and option.repetition_penalty == 1
-        if not fits or option.temperature not in (0, 1):
+        if not fits or not (option.greedy or option.temperature == 1):
             scores = _penalised(logits[i], option, None if context is None else context[i])
             if not fits:
                 tokens[i] = _best(scores, mask)
-            if option.temperature:
+            if not option.greedy:
                 _weigh(weights[i], scores, tokens[i], option.temperature)
-        if mask is not None and option.temperature:
+        if mask is not None and not option.greedy:
             np.multiply(weights[i].numpy(), mask.float().numpy(), out=weights[i].numpy())
     drawn = torch.zeros(len(tokens))
-    warm = [i for i, option in enumerate(options) if option.temperature > 0]
+    warm = [i for i, option in enumerate(options) if not option.greedy]
     if warm:
         weights = weights if len(warm) == len(tokens) else weights[warm]
         for row, i in enumerate(warm):

@@ -8,6 +8,7 @@ import torch
 
 from posttrain.sampling.cache import Cache, Trunk
 from posttrain.sampling.prefixes import MIN_TRUNK, Family, Strip
+from posttrain.sampling.protocol import Sharing
 
 _MAX_BYTES = 1 << 29
 _MAX_TRUNKS = 16
@@ -20,23 +21,23 @@ class Memory:
         self._cache, self._max_bytes, self._max_trunks = cache, max_bytes, max_trunks
         self.trunks: list[Family] = []
         self.strips: list[tuple[Family, Strip]] = []
-        self._bare: dict[str | None, Family] = {}
+        self._bare: dict[Sharing, Family] = {}
 
-    def bare(self, adapter: str | None) -> Family:
-        """The adapter's family of prompts that share nothing."""
-        return self._bare.setdefault(adapter, Family(adapter, ()))
+    def bare(self, sharing: Sharing) -> Family:
+        """The family of prompts that could share and have nothing in common."""
+        return self._bare.setdefault(sharing, Family(sharing, ()))
 
-    def find(self, adapter: str | None, prompt: tuple[int, ...]) -> tuple[Family | None, Strip | None, Family | None, int]:
+    def find(self, sharing: Sharing, prompt: tuple[int, ...]) -> tuple[Family | None, Strip | None, Family | None, int]:
         """For a prompt, the longest trunk that it goes on from; the part of a strip that it goes on from, with the family that the strip
         hangs on, where that saves more; and how many tokens of the prompt the better of both holds."""
         most = len(prompt) - 1  # a prompt must have a last token to run
-        fitting = (f for f in self.trunks if f.adapter == adapter and len(f.ids) <= most and prompt[: len(f.ids)] == f.ids)
+        fitting = (f for f in self.trunks if f.sharing == sharing and len(f.ids) <= most and prompt[: len(f.ids)] == f.ids)
         trunk = max(fitting, key=lambda family: len(family.ids), default=None)
         reach = len(trunk.ids) if trunk else 0
         found: tuple[Family, Strip] | None = None
         least = reach + MIN_TRUNK - 1  # copying a strip for less than this is not worth leaving the trunk
         for family, strip in self.strips:
-            if family.adapter == adapter:
+            if family.sharing == sharing:
                 common = min(shared(strip.ids, prompt), most)
                 if common > least and common >= len(family.ids):
                     found, least, reach = (family, strip), common, common
@@ -58,7 +59,7 @@ class Memory:
             else [upper[:, :own].contiguous() for upper in uppers]
             for lowers, uppers in ((below.keys, keys), (below.values, values))
         ]
-        planted = Family(family.adapter, ids, number=self._cache.add(Trunk(len(ids), parts[0], parts[1])))
+        planted = Family(family.sharing, ids, number=self._cache.add(Trunk(len(ids), parts[0], parts[1])))
         self.trunks.append(planted)
         return planted
 
@@ -78,7 +79,7 @@ class Memory:
         size = strip.nbytes
         if size > self._max_bytes:
             return
-        self.strips = [(f, s) for f, s in self.strips if f.adapter != family.adapter or strip.ids[: len(s.ids)] != s.ids]
+        self.strips = [(f, s) for f, s in self.strips if f.sharing != family.sharing or strip.ids[: len(s.ids)] != s.ids]
         self.strips.append((family, strip))
 
     def shrink(self, living: Collection[int | None]) -> None:

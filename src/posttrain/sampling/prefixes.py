@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from posttrain.sampling.protocol import SampleRequest, Sharing
+
 MIN_TRUNK = 16  # tokens from which sharing pays
 _WORTH = 2048  # tokens that need not be read in each step, over all rows, from which a trunk pays for the product of its own that it costs
 
@@ -28,15 +30,21 @@ class Strip:
 
 @dataclass(slots=True)
 class Family:
-    """Requests of one adapter whose prompts start with the same `ids`: their trunk, `number` in the cache once it is computed."""
+    """Requests that may share (`SampleRequest.sharing`) and whose prompts start with the same `ids`: their trunk, `number` in the cache
+    once it is computed."""
 
-    adapter: str | None
+    sharing: Sharing
     ids: tuple[int, ...]
     number: int | None = None
 
 
+def by_sharing(request: SampleRequest) -> tuple[str, str, tuple[int, ...]]:
+    """An order in which requests that may share stand together, and those that share the most are neighbours."""
+    return request.adapter or "", request.scope or "", request.prompt
+
+
 def trunk_sizes(prompts: Sequence[tuple[int, ...]]) -> list[int]:
-    """How many of its first tokens are each prompt's trunk (0: it has none). The prompts are of one adapter, and sorted.
+    """How many of its first tokens are each prompt's trunk (0: it has none). The prompts may share, and are sorted.
 
     What all start with is a trunk where that is worth its price; then so is, among those that go on alike, what more they share. A trunk
     is shorter by a token at least than each of its prompts: a prompt must have a last token to run."""

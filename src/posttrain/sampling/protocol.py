@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 from posttrain.data.records import StopReason
 from posttrain.grammar.matcher import Grammar
 
+Sharing = tuple[str | None, str | None]  # adapter and scope
 Asked = TypeVar("Asked", contravariant=True)
 Answer = TypeVar("Answer", covariant=True)
 
@@ -25,6 +26,14 @@ class SampleOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is taken: at temperature 0, and where scores divided by it would leave float32."""
+        return self.temperature < _COLDEST
+
+
+_COLDEST = 1e-6  # colder, and one token is a certainty already where scores differ by a thousandth
+
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
@@ -36,6 +45,14 @@ class SampleRequest:
     options: SampleOptions = SampleOptions()
     grammar: Grammar | None = None
     adapter: str | None = None  # a name the policy knows; None = base
+    scope: str | None = (
+        None  # whose request it is: only requests of one scope use what was computed for each other (None: one of them)
+    )
+
+    @property
+    def sharing(self) -> Sharing:
+        """Who may share computed prefixes with this request: how long an answer takes would tell others what was asked before."""
+        return self.adapter, self.scope
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,7 +141,7 @@ class ServerSampler:
             )
         plain = how.temperature == 1 and how.top_p == 1 and not how.top_k and not how.min_p and how.repetition_penalty == 1
         forced = self._replay(ids, request.grammar)
-        if how.temperature == 0:
+        if how.greedy:
             drawn = [0.0] * len(ids)
         else:
             drawn = logprobs if plain and request.grammar is None else [math.nan] * len(ids)

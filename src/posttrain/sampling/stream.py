@@ -14,8 +14,8 @@ import torch
 from posttrain.errors import PosttrainError
 from posttrain.policy.policy import Policy
 from posttrain.sampling.memory import Memory, shared
-from posttrain.sampling.prefixes import MIN_TRUNK, Strip
-from posttrain.sampling.protocol import Sample, SampleRequest
+from posttrain.sampling.prefixes import MIN_TRUNK, Strip, by_sharing
+from posttrain.sampling.protocol import Sample, SampleRequest, Sharing
 from posttrain.sampling.rows import RowRun
 from posttrain.sampling.run import Drawing, Row, Run, check_prompt, computed
 from posttrain.sampling.tree import TreeRun
@@ -128,12 +128,12 @@ class TreeStream(TreeRun):
     def admit(self, rows: list[Row]) -> None:
         """See `TreeRun.admit`."""
         fresh = [row for row in rows if not self._recall(row)]
-        fresh.sort(key=lambda row: (row.request.adapter or "", row.request.prompt))
-        for adapter, own in itertools.groupby(fresh, key=lambda row: row.request.adapter):
-            self._settle(adapter, [row.index for row in own])
+        fresh.sort(key=lambda row: by_sharing(row.request))
+        for sharing, own in itertools.groupby(fresh, key=lambda row: row.request.sharing):
+            self._settle(sharing, [row.index for row in own])
         for row in fresh:
             if not self.family[row.index].ids:
-                self.family[row.index] = self.memory.bare(row.request.adapter)
+                self.family[row.index] = self.memory.bare(row.request.sharing)
         self._make_room(row.index for row in rows)
         families = {id(family): family for family in (self.family[row.index] for row in rows)}
         super().admit(rows)
@@ -143,9 +143,9 @@ class TreeStream(TreeRun):
 
     def _recall(self, row: Row) -> bool:
         """Find what was computed of the row's prompt for another: its family, and the strip to copy."""
-        prompt, adapter = row.request.prompt, row.request.adapter
-        trunk, strip, family, reach = self.memory.find(adapter, prompt)
-        place, common = self._alike(adapter, prompt)
+        prompt, sharing = row.request.prompt, row.request.sharing
+        trunk, strip, family, reach = self.memory.find(sharing, prompt)
+        place, common = self._alike(sharing, prompt)
         if common >= max(reach, MIN_TRUNK) and common >= (len(trunk.ids) if trunk else 0) + MIN_TRUNK:
             donor = self.family[self.rows[place].index]
             own = common - len(donor.ids)
@@ -162,12 +162,12 @@ class TreeStream(TreeRun):
             return False
         return True
 
-    def _alike(self, adapter: str | None, prompt: tuple[int, ...]) -> tuple[int, int]:
+    def _alike(self, sharing: Sharing, prompt: tuple[int, ...]) -> tuple[int, int]:
         """The decoding row whose computed tokens share the longest start with a prompt, and that start's length, less than the prompt's.
         Only starts that reach past the row's trunk count: those on the trunk are found by it."""
         best = (0, 0)
         for place, row in enumerate(self.rows):
-            if row.request.adapter == adapter:
+            if row.request.sharing == sharing:
                 common = min(shared(computed(row), prompt), len(prompt) - 1)
                 if common > max(best[1], len(self.family[row.index].ids)):
                     best = (place, common)

@@ -15,8 +15,8 @@ from posttrain.policy.pack import fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.sampling.cache import Cache, StepAttention, trunk_of
 from posttrain.sampling.decoder import Decoder
-from posttrain.sampling.prefixes import Family, Strip, trunk_sizes
-from posttrain.sampling.protocol import SampleRequest
+from posttrain.sampling.prefixes import Family, Strip, by_sharing, trunk_sizes
+from posttrain.sampling.protocol import SampleRequest, Sharing
 from posttrain.sampling.run import Drawing, Row, Run
 
 
@@ -40,13 +40,12 @@ class TreeRun(Run):
 
     def expect(self, requests: Mapping[int, SampleRequest]) -> None:
         """See `Run.expect`. What the prompts share is found among all of these."""
-        # neighbours share the most
-        order = sorted(requests, key=lambda i: (requests[i].adapter or "", requests[i].prompt))
+        order = sorted(requests, key=lambda i: by_sharing(requests[i]))
         super().expect({i: requests[i] for i in order})
-        by_adapter = [(adapter, list(own)) for adapter, own in itertools.groupby(order, key=lambda i: requests[i].adapter)]
-        self.decoder = Decoder(self._policy, [adapter for adapter, _ in by_adapter])
-        for adapter, own in by_adapter:
-            self._settle(adapter, own)
+        groups = [(sharing, list(own)) for sharing, own in itertools.groupby(order, key=lambda i: requests[i].sharing)]
+        self.decoder = Decoder(self._policy, [adapter for (adapter, _), _ in groups])
+        for sharing, own in groups:
+            self._settle(sharing, own)
         self._make_room(order)
 
     def _make_room(self, indices: Iterable[int]) -> None:
@@ -62,28 +61,28 @@ class TreeRun(Run):
         self.family.pop(index, None)
         self.strips.pop(index, None)
 
-    def _settle(self, adapter: str | None, indices: list[int]) -> None:
-        """Find the families of an adapter's requests (sorted by prompt)."""
+    def _settle(self, sharing: Sharing, indices: list[int]) -> None:
+        """Find the families of requests that may share (sorted by prompt)."""
         prompts = [self.requests[i].prompt for i in indices]
         families: dict[tuple[int, ...], Family] = {}
         for index, prompt, size in zip(indices, prompts, trunk_sizes(prompts), strict=True):
-            self.family[index] = families.setdefault(prompt[:size], Family(adapter, prompt[:size]))
+            self.family[index] = families.setdefault(prompt[:size], Family(sharing, prompt[:size]))
 
     # -- prefill -------------------------------------------------------------------------------------------------------
 
     def admit(self, rows: list[Row]) -> None:
         """Start these rows. A remembered prefix is copied, and what follows it is left to the next step."""
-        new: dict[str | None, list[Row]] = {}
+        new: dict[Sharing, list[Row]] = {}
         for row in sorted(rows, key=_length):  # neighbours of like length: their attention is padded to the longest
             strip, family = self.strips.pop(row.index, None), self.family[row.index]
             if strip is None:
-                new.setdefault(family.adapter, []).append(row)
+                new.setdefault(family.sharing, []).append(row)
                 continue
             assert family.number is not None, "a strip hangs on a remembered trunk"
             row.pending = list(row.request.prompt[len(strip.ids) :])
             self.cache.restore(len(self.rows), strip.keys, strip.values, family.number)
             self.rows.append(row)
-        for adapter, own in new.items():
+        for (adapter, _), own in new.items():
             self._prefill(adapter, own)
 
     def _prefill(self, adapter: str | None, rows: list[Row]) -> None:
