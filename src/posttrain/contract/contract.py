@@ -8,7 +8,7 @@ because both are concatenations of the same separately tokenised pieces. Content
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,8 @@ from posttrain.data.records import Conversation, Episode, Message, Preference, T
 from posttrain.errors import ContractError
 from posttrain.files.hashing import canonical_json, sha256_of
 
+_KEPT_TEXTS, _KEPT_LENGTH = 1024, 8192  # at most 100 MB of texts with their ids
+
 
 class Contract:
     """Renders records to sequences, prompts to ids, and sampled ids back to messages."""
@@ -40,22 +42,20 @@ class Contract:
                 remedy="load it with use_fast=True",
             )
         self.tokenizer = tokenizer
-        self._plain = Tokenizer.from_str(backend.to_str())  # a private copy: padding or truncation set elsewhere cannot leak in
-        self._plain.no_padding()
-        self._plain.no_truncation()
-        self._plain.encode_special_tokens = True
-        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        vocabulary = backend.get_vocab(with_added_tokens=True)
         self.template: Template = template_for(vocabulary, template)
         self._special = {token: vocabulary[token] for token in self.template.special_tokens}
         self.end_of_turn: int = self._special[self.template.end]
         self.vocabulary_size = len(vocabulary)
-        self._encode_cached = lru_cache(maxsize=4096)(self._encode_tuple)
+        self._plain = _plain_tokenizer(backend, self._special)
+        self._encode_cached = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_tuple)
 
     # -- text and tokens -----------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids; special-token text is not special here."""
-        return list(self._encode_cached(text))
+        # what many conversations repeat is short: headers, tools, the system text
+        return list(self._encode_cached(text) if len(text) <= _KEPT_LENGTH else self._encode_tuple(text))
 
     def _encode_tuple(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
@@ -194,6 +194,32 @@ class Contract:
         if lock is not None:
             contract.verify(lock, where=str(path))
         return contract
+
+
+def _plain_tokenizer(backend: Any, markers: Mapping[str, int]) -> Tokenizer:
+    """A private copy of the tokenizer: padding or truncation set elsewhere cannot leak in, and the template's markers are plain text wherever
+    they are typed. Raises ContractError where they cannot be."""
+    text = backend.to_str()
+    parts = json.loads(text)
+    unmarked = [token for token in parts.get("added_tokens") or () if token["content"] in markers and not token["special"]]
+    if unmarked:  # published ChatML models forget the flag; encode_special_tokens passes such tokens by
+        for token in unmarked:
+            token["special"] = True
+        text = json.dumps(parts)
+    plain = Tokenizer.from_str(text)
+    plain.no_padding()
+    plain.no_truncation()
+    plain.encode_special_tokens = True
+    for marker, number in markers.items():
+        typed = (marker, f"x{marker}x", f"x {marker} x")
+        if any(number in plain.encode(text, add_special_tokens=False).ids for text in typed):
+            raise ContractError(
+                "whoever types this marker would write the token that parts the turns",
+                where="contract",
+                value=marker,
+                remedy="add it to the tokenizer as a special token, not to its vocabulary",
+            )
+    return plain
 
 
 def _template_source(template: Template) -> dict[str, object]:
