@@ -17,8 +17,11 @@ class MalformedCall(ContractError):
 def parse_turn(text: str) -> Message:
     """Split `content<tool_call>{...}</tool_call>...`; call ids are positional (`call_0`, `call_1`).
 
-    A call ends where its JSON ends, not at the next marker: an argument may quote `</tool_call>` without closing anything.
+    A call ends where its JSON ends, not at the next marker: an argument may quote `</tool_call>` without closing anything, and so may a
+    string of a turn that is one JSON object or list.
     """
+    if _is_document(text):
+        return Message("assistant", text)
     head, opened, rest = text.partition(CALL_OPEN)
     if CALL_CLOSE in head:
         raise _malformed("a call is closed that was never opened", text)
@@ -30,6 +33,16 @@ def parse_turn(text: str) -> Message:
         if between.strip():
             raise _malformed(f"text follows call {len(calls) - 1}", text)
     return Message("assistant", head.strip() if calls else head, tuple(calls))
+
+
+def _is_document(text: str) -> bool:
+    if not text.startswith(("{", "[")) or not (CALL_OPEN in text or CALL_CLOSE in text):
+        return False
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _call(part: str, index: int, text: str) -> tuple[ToolCall, str]:
