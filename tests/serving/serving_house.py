@@ -19,8 +19,9 @@ from release_making import BASE, add_release, contract_lock
 
 from posttrain.contract import ContractLock
 from posttrain.data.records import Message
-from posttrain.errors import BindingError, PosttrainError
+from posttrain.errors import PosttrainError, StorageError
 from posttrain.releases import Channels, Parent, Registry
+from posttrain.sampling.protocol import SampleRequest
 from posttrain.serving import (
     AccessFile,
     Audit,
@@ -28,6 +29,7 @@ from posttrain.serving import (
     CompletionRequest,
     Finish,
     Limits,
+    Prepared,
     Router,
     build_app,
     issue_key,
@@ -53,8 +55,13 @@ class FakeEngine:
     most: int = 0
     opened: int = 0
     gate: threading.Event = field(default_factory=threading.Event)
+    preparing: Callable[[CompletionRequest], object] = lambda _request: None
     hurry: Callable[[CompletionRequest], bool] = lambda _request: False
     cancelled: list[CompletionRequest] = field(default_factory=list)
+
+    def prepare(self, request: CompletionRequest) -> Prepared:
+        self.preparing(request)
+        return Prepared(request, SampleRequest((), request.seed))
 
     def open(self, rows: int) -> FakeStream:
         self.opened += 1
@@ -71,8 +78,9 @@ class FakeStream:
     inside: dict[int, CompletionRequest] = field(default_factory=dict)
     tickets: Iterator[int] = field(default_factory=itertools.count)
 
-    def admit(self, requests: Sequence[CompletionRequest]) -> list[int]:
-        self.engine.batches.append(list(requests))
+    def admit(self, asked: Sequence[Prepared]) -> list[int]:
+        requests = [one.request for one in asked]
+        self.engine.batches.append(requests)
         tickets = [next(self.tickets) for _ in requests]
         self.inside.update(zip(tickets, requests, strict=True))
         self.engine.most = max(self.engine.most, len(self.inside))
@@ -103,7 +111,7 @@ class FakeModel:
     def adapter_for(self, release_id: str) -> str | None:
         self.threads.add(threading.current_thread().name)
         if release_id in self.broken:
-            raise BindingError("the adapter could not be loaded", where=release_id)
+            raise StorageError("the adapter could not be loaded", where=release_id)
         self.loaded.append(release_id)
         return None if release_id in self.dense else self.name(release_id)
 

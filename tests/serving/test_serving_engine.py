@@ -12,7 +12,7 @@ from posttrain.data.records import Message, StopReason, ToolCall, ToolSpec
 from posttrain.errors import ContractError, DataError, GrammarError, PosttrainError
 from posttrain.grammar import json_grammar, turn_grammar
 from posttrain.sampling.protocol import Sample, SampleOptions, SampleRequest
-from posttrain.serving import Completion, CompletionRequest, ContractEngine, Finish, InvalidAnswer
+from posttrain.serving import Completion, CompletionRequest, ContractEngine, Finish, InvalidAnswer, Prepared
 
 END = 256
 TOOL = ToolSpec(
@@ -82,10 +82,19 @@ def answer(says: str, request: CompletionRequest | None = None, stop: StopReason
 
 def complete(engine: ContractEngine, requests: Sequence[CompletionRequest]) -> list[object]:
     """All at once, in order."""
+    prepared = [prepare(engine, request) for request in requests]
     stream = engine.open(8)
-    tickets = stream.admit(requests)
-    done = stream.step()
-    return [done[ticket] for ticket in tickets]
+    asked = [one for one in prepared if isinstance(one, Prepared)]
+    tickets = iter(stream.admit(asked) if asked else [])
+    done = stream.step() if asked else {}
+    return [done[next(tickets)] if isinstance(one, Prepared) else one for one in prepared]
+
+
+def prepare(engine: ContractEngine, request: CompletionRequest) -> Prepared | Exception:
+    try:
+        return engine.prepare(request)
+    except Exception as error:
+        return error
 
 
 def test_a_plain_answer_counts_its_tokens_end_included() -> None:
@@ -126,6 +135,20 @@ def test_values_that_only_look_right_are_checked_again() -> None:
     assert isinstance(answer('{"ok":true}', ask(response_schema=SCHEMA)), Completion)
 
 
+def test_an_answer_may_quote_a_calls_markers_in_its_strings() -> None:
+    said = '{"ok":"write <tool_call>{} or </tool_call>"}'
+    schema = {"type": "object", "properties": {"ok": {"type": "string"}}, "required": ["ok"], "additionalProperties": False}
+    for tools in ((), (TOOL,)):
+        assert answer(said, ask(tools=tools, response_schema=schema)).message == Message("assistant", said)  # type: ignore[attr-defined]
+
+
+def test_what_is_wrong_with_an_answer_is_said_without_quoting_it() -> None:
+    schema = {"anyOf": [SCHEMA, {"type": "null"}]}
+    for said, secret in (('{"ok":"Jane Roe"}', "Jane Roe"), ("about Jane Roe", "Jane Roe")):
+        result = answer(said, ask(response_schema=schema))
+        assert isinstance(result, InvalidAnswer) and secret not in result.what
+
+
 def test_a_length_stop_is_a_prefix_whose_calls_are_never_run() -> None:
     result = answer(CALL, ask(tools=(TOOL,)), StopReason.LENGTH)
     assert result == Completion(Message("assistant", CALL), Finish.LENGTH, 6, len(CALL))
@@ -144,12 +167,12 @@ def test_requests_reach_the_sampler_with_prompt_adapter_seed_options_and_grammar
     sampler = ScriptedSampler(lambda _prompt: '{"ok":true}')
     engine = ContractEngine(ByteContract(), sampler, context=500)
     options = SampleOptions(max_tokens=33, temperature=0.7)
-    plain = ask(options=options, seed=4).on("adapter-1")
+    plain = ask(options=options, seed=4).on("adapter-1", "bank")
     requests = [plain, replace(plain, response_schema=SCHEMA), replace(plain, tools=(TOOL,), response_schema=SCHEMA, max_calls=1)]
     complete(engine, requests)
     [seen] = sampler.calls
     assert [request.grammar for request in seen] == [None, json_grammar(SCHEMA), turn_grammar((TOOL,), SCHEMA, max_calls=1)]
-    assert seen[0] == SampleRequest(tuple(b"Hi"), 4, options, None, "adapter-1")
+    assert seen[0] == SampleRequest(tuple(b"Hi"), 4, options, None, "adapter-1", "bank")
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused_with_both_numbers() -> None:
@@ -207,13 +230,11 @@ def test_nothing_is_drawn_when_nothing_can_be() -> None:
 
 def test_a_cancelled_request_leaves_the_sampler_too() -> None:
     sampler = ScriptedSampler(lambda prompt: f"to {prompt}")
-    stream = ContractEngine(ByteContract(), sampler, 500).open(8)
-    stream.admit([ask("unrenderable")])
-    one, two, refused = stream.admit([ask("one"), ask("two"), ask("unrenderable")])
+    engine = ContractEngine(ByteContract(), sampler, 500)
+    stream = engine.open(8)
+    one, two = stream.admit([engine.prepare(ask("one")), engine.prepare(ask("two"))])
     stream.cancel(one)
-    stream.cancel(refused)
-    assert sampler.cancelled == [0]
-    done = stream.step()
-    assert sorted(done) == [0, two] and isinstance(done[0], DataError)
+    assert sampler.cancelled == [one]
+    assert sorted(stream.step()) == [two]
     stream.cancel(two)
     assert stream.step() == {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from serving_house import House, echo, running
 from posttrain.data.records import Message
 from posttrain.errors import DataError, PosttrainError, StorageError
 from posttrain.files.hashing import sha256_of
-from posttrain.serving import Completion, CompletionRequest, Finish, Limits
+from posttrain.serving import Completion, CompletionRequest, Finish, InvalidAnswer, Limits
 from posttrain.serving.app import serve
 
 
@@ -75,6 +76,30 @@ def test_an_answer_leaves_as_soon_as_it_is_done(house: House) -> None:
         assert not slow.done()
         house.engine.gate.set()
         slow.result()
+
+
+def test_a_long_text_is_prepared_beside_the_running_batch(house: House) -> None:
+    told = threading.Event()
+    house.engine.preparing = lambda request: request.messages[-1].content == "long" and told.wait(10)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(house.say, "long")
+        assert "short" in str(house.say("short").choices[0].message.content)
+        assert not long.done()
+        told.set()
+        assert "long" in str(long.result().choices[0].message.content)
+
+
+def test_the_audit_line_of_a_wrong_answer_quotes_nothing_of_it(house: House) -> None:
+    errors = [
+        InvalidAnswer("the model's answer breaks its schema at properties/due", where="answer", value="Jane Roe"),
+        RuntimeError("Jane Roe"),
+    ]
+    for error in errors:
+        house.engine.answer = lambda _request, error=error: error
+        with pytest.raises(openai.InternalServerError):
+            house.say("When is she due?")
+    details = [line["detail"] for line in house.lines(2)]
+    assert details == ["the model's answer breaks its schema at properties/due", "RuntimeError"]
 
 
 def test_a_batch_is_no_larger_than_its_limit(still: House) -> None:

@@ -19,7 +19,7 @@ from posttrain.serving import router as router_module
 def follow(house: House, tenant: str, model: str | None = None) -> Route:
     """What the app does with a key: authenticate, follow the channels, route."""
     caller = house.router.authenticate(house.keys[tenant])
-    if house.router.moved():
+    if house.router.moved(caller):
         house.router.refresh()
     return house.router.route(caller, model or f"live/{tenant}")
 
@@ -129,10 +129,11 @@ def test_a_tenant_without_a_release_is_refused(still: House) -> None:
 def test_a_moved_channel_is_followed_forwards_and_back(still: House) -> None:
     first = still.releases["bank_A"]
     assert follow(still, "bank_A").release == first
-    assert not still.router.moved()
+    caller = still.router.authenticate(still.keys["retail_B"])
+    assert not still.router.moved(caller)
     second = still.add(8.0, "bank_A")
     still.channels.promote("live/bank_A", second, "ann", "better")
-    assert still.router.moved()
+    assert still.router.moved(caller)
     assert follow(still, "bank_A").adapter == f"adapter-{second}"
     Channels(still.registry).rollback("live/bank_A", "bob", "worse")
     assert follow(still, "bank_A").adapter == f"adapter-{first}"
@@ -174,6 +175,28 @@ def test_a_release_that_cannot_be_loaded_is_tried_again_after_a_while(still: Hou
     assert reason_of(still, "bank_A") is RoutingReason.NOT_SERVABLE
     monkeypatch.setattr(router_module, "_RETRY_SECONDS", 0.0)
     assert follow(still, "bank_A").release == release
+
+
+def test_a_release_that_cannot_be_loaded_is_not_tried_again_at_another_tenants_request(
+    still: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trying takes a gap in the batch, for which every tenant waits."""
+    monkeypatch.setattr(router_module, "_RETRY_SECONDS", 0.0)
+    still.model.broken.add(still.releases["bank_A"])
+    assert reason_of(still, "bank_A") is RoutingReason.NOT_SERVABLE
+    bank, shop = (still.router.authenticate(still.keys[tenant]) for tenant in ("bank_A", "retail_B"))
+    assert still.router.moved(bank) and not still.router.moved(shop)
+
+
+def test_a_release_made_for_other_weights_is_not_tried_again_while_its_channel_stays(
+    still: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(router_module, "_RETRY_SECONDS", 0.0)
+    still.channels.promote("live/bank_A", still.add(8.0, "bank_A", parent=Parent("f" * 64)), "ann", "x")
+    assert reason_of(still, "bank_A") is RoutingReason.NOT_SERVABLE
+    assert not still.router.moved(still.router.authenticate(still.keys["bank_A"]))
+    still.channels.rollback("live/bank_A", "bob", "back")
+    assert follow(still, "bank_A").release == still.releases["bank_A"]
 
 
 def test_whatever_a_loading_library_raises_only_its_own_tenant_is_refused(still: House) -> None:

@@ -10,6 +10,7 @@ from posttrain.serving.engine import (
     Engine,
     Finish,
     InvalidAnswer,
+    Prepared,
 )
 from posttrain.serving.keys import Access, AccessFile, Caller, issue_key
 from posttrain.serving.requests import Limits
@@ -30,6 +31,7 @@ __all__ = [
     "Finish",
     "InvalidAnswer",
     "Limits",
+    "Prepared",
     "Refused",
     "Route",
     "Router",

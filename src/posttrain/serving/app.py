@@ -22,7 +22,8 @@ from posttrain.errors import DataError, GrammarError, PosttrainError
 from posttrain.files.hashing import sha256_of
 from posttrain.serving.audit import Audit, AuditRecord, Decision
 from posttrain.serving.batcher import Batcher
-from posttrain.serving.engine import Abandoned, Completion, CompletionRequest, Engine
+from posttrain.serving.engine import Abandoned, Completion, Engine, InvalidAnswer, Prepared
+from posttrain.serving.keys import Caller
 from posttrain.serving.metrics import Metrics
 from posttrain.serving.replies import Failure, Reply
 from posttrain.serving.requests import BadRequest, ChatRequest, Limits, parse_chat
@@ -32,10 +33,11 @@ if TYPE_CHECKING:
     import uvicorn
 
 _log = logging.getLogger(__name__)
+_PREPARING = 4  # requests rendered at once, beside the model: a long text takes a second
 
 
 def build_app(engine: Engine, router: Router, audit: Audit, limits: Limits | None = None) -> Starlette:
-    """The application. The engine and the router's model are touched by one thread only, between start-up and shut-down."""
+    """The application. The engine's streams and the router's model are touched by one thread only, between start-up and shut-down."""
     service = _Service(engine, router, audit, limits or Limits())
 
     @asynccontextmanager
@@ -71,8 +73,10 @@ class _Service:
     """What the routes share."""
 
     def __init__(self, engine: Engine, router: Router, audit: Audit, limits: Limits) -> None:
-        self.router, self.audit, self.limits = router, audit, limits
-        self.batcher, self.metrics = Batcher(engine, limits), Metrics()
+        self.engine, self.router, self.audit, self.limits = engine, router, audit, limits
+        self.batcher: Batcher[Prepared, Completion] = Batcher(engine, limits)
+        self.metrics = Metrics()
+        self._preparing = asyncio.Semaphore(_PREPARING)
 
     # -- the routes ----------------------------------------------------------------------------------------------------
 
@@ -102,7 +106,7 @@ class _Service:
         """The names this key may use."""
         try:
             caller = self.router.authenticate(_bearer(request))
-            await self._follow_channels()
+            await self._follow_channels(caller)
             names = self.router.models(caller)
         except PosttrainError as error:
             return _error(Failure.of(error))
@@ -126,17 +130,20 @@ class _Service:
         record.request = hashlib.sha256(body).hexdigest()
         chat = parse_chat(body, self.limits)
         record.stream = chat.stream
-        await self._follow_channels()
+        await self._follow_channels(caller)
         route = self.router.route(caller, chat.model)
         record.release, record.adapter, record.contract = route.release, route.weights_sha256, route.contract
-        completion = await self._complete(request, chat.completion.on(route.adapter))
+        wanted = chat.completion.on(route.adapter, route.tenant)
+        async with self._preparing:
+            prepared = await run_in_threadpool(self.engine.prepare, wanted)
+        completion = await self._complete(request, prepared)
         return _reply(chat, route, completion, record)
 
-    async def _follow_channels(self) -> None:
-        if self.router.moved():
+    async def _follow_channels(self, caller: Caller) -> None:
+        if self.router.moved(caller):
             await self.batcher.call(self.router.refresh)
 
-    async def _complete(self, request: Request, wanted: CompletionRequest) -> Completion:
+    async def _complete(self, request: Request, wanted: Prepared) -> Completion:
         """The completion, unless the client goes away first: then the request leaves the queue, or its batch is abandoned."""
         job = asyncio.ensure_future(self.batcher.complete(wanted))
         gone = asyncio.ensure_future(_until_gone(request))
@@ -180,9 +187,15 @@ def _failed(error: Exception, record: AuditRecord) -> Response:
     if isinstance(error, Refused):
         record.detail = error.detail or None
     elif record.decision is Decision.FAILED:
-        # a malformed call's value is message content, which the log does not hold
-        record.detail = error.what if isinstance(error, MalformedCall) else str(error)
+        record.detail = _without_content(error)
     return _error(failure)
+
+
+def _without_content(error: Exception) -> str:
+    """What the audit log may say of an error: a wrong answer's value is message content, and a fault's text may be."""
+    if isinstance(error, MalformedCall | InvalidAnswer):
+        return error.what
+    return str(error) if isinstance(error, PosttrainError) else type(error).__name__
 
 
 def _decision(error: Exception) -> Decision:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,10 +38,19 @@ class CompletionRequest:
     seed: int = 0
     stop: tuple[str, ...] = ()
     max_calls: int = 2
+    scope: str | None = None
 
-    def on(self, adapter: str | None) -> CompletionRequest:
-        """The same request for one adapter (None: the dense weights themselves)."""
-        return replace(self, adapter=adapter)
+    def on(self, adapter: str | None, scope: str | None = None) -> CompletionRequest:
+        """The same request for one adapter (None: the dense weights themselves), of one scope (`SampleRequest.scope`)."""
+        return replace(self, adapter=adapter, scope=scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request with what to draw for it."""
+
+    request: CompletionRequest
+    drawn: SampleRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +64,16 @@ class Completion:
 
 
 class Engine(Protocol):
-    """What the server asks of a model. Called by one thread only."""
+    """What the server asks of a model."""
 
-    def open(self, rows: int) -> Stream[CompletionRequest, Completion]:
-        """A stream that answers up to `rows` requests together; a request that cannot be answered has its error as its result."""
+    def prepare(self, request: CompletionRequest) -> Prepared:
+        """All that can be done for a request before the model is needed; raises what is wrong with it. Called by any thread: a long text
+        takes a while, and the running batch must not wait for it."""
+        ...
+
+    def open(self, rows: int) -> Stream[Prepared, Completion]:
+        """A stream that answers up to `rows` requests together; one that cannot be answered has its error as its result. Used by one
+        thread."""
         ...
 
 
@@ -68,7 +82,7 @@ class Abandoned(PosttrainError):
 
 
 class InvalidAnswer(PosttrainError):
-    """The model finished an answer or a call that its schema does not accept."""
+    """The model finished an answer or a call that its schema does not accept. `value` quotes it."""
 
 
 class Turns(Protocol):
@@ -92,33 +106,32 @@ class ContractEngine:
         """See `Engine.open`."""
         return ContractStream(self, self.sampler.open(rows))
 
-    def prepare(self, request: CompletionRequest) -> SampleRequest | Exception:
-        """What to draw for a request, or what is wrong with it."""
+    def prepare(self, request: CompletionRequest) -> Prepared:
+        """See `Engine.prepare`. Raises DataError for messages that cannot be rendered or do not fit, GrammarError for a schema that cannot
+        be enforced."""
         try:
             prompt = tuple(self.contract.prompt_ids(request.messages, request.tools))
-            if len(prompt) + request.options.max_tokens > self.context:
-                raise DataError(
-                    f"the prompt has {len(prompt)} tokens and the answer may have {request.options.max_tokens}",
-                    where="messages",
-                    remedy=f"together they must fit into {self.context}: shorten the messages or lower max_tokens",
-                )
-            return SampleRequest(prompt, request.seed, request.options, _grammar(request), request.adapter)
-        except ContractError as error:  # the messages cannot be rendered: the request's fault, not the artifact's
-            return DataError(error.what, where="messages", value=error.value, remedy=error.remedy)
-        except Exception as error:  # even a fault of ours must not fail the requests that run beside this one
-            return error
+        except ContractError as error:  # the request's fault, not the artifact's
+            raise DataError(error.what, where="messages", value=error.value, remedy=error.remedy) from error
+        if len(prompt) + request.options.max_tokens > self.context:
+            raise DataError(
+                f"the prompt has {len(prompt)} tokens and the answer may have {request.options.max_tokens}",
+                where="messages",
+                remedy=f"together they must fit into {self.context}: shorten the messages or lower max_tokens",
+            )
+        drawn = SampleRequest(prompt, request.seed, request.options, _grammar(request), request.adapter, request.scope)
+        return Prepared(request, drawn)
 
-    def answer(self, request: CompletionRequest, drawn: SampleRequest, sample: Sample | Exception) -> Completion | Exception:
+    def answer(self, asked: Prepared, sample: Sample | Exception) -> Completion | Exception:
         """The completion that a sample holds, or what is wrong with it."""
         if isinstance(sample, Exception):
             return sample
         try:
-            return self._read(request, drawn, sample)
-        except Exception as error:  # as in `prepare`
+            return self._read(asked.request, sample, (len(asked.drawn.prompt), len(sample.ids)))
+        except Exception as error:  # even a fault of ours must not fail the requests that run beside this one
             return error
 
-    def _read(self, request: CompletionRequest, drawn: SampleRequest, sample: Sample) -> Completion:
-        counts = (len(drawn.prompt), len(sample.ids))
+    def _read(self, request: CompletionRequest, sample: Sample, counts: tuple[int, int]) -> Completion:
         if sample.stop is not StopReason.END_OF_TURN:
             return self._prefix(request, sample, counts)
         message = _offered(self.contract.parse(sample.ids), request.tools)
@@ -141,45 +154,26 @@ class ContractEngine:
 
 
 class ContractStream:
-    """Implements `Stream`: completions over a stream of samples."""
+    """Implements `Stream`: completions over a stream of samples, under its tickets."""
 
     def __init__(self, engine: ContractEngine, samples: Stream[SampleRequest, Sample]) -> None:
         self._engine, self._samples = engine, samples
-        self._tickets = itertools.count()
-        self._drawn: dict[int, tuple[int, CompletionRequest, SampleRequest]] = {}  # by the samples' ticket; first is ours
-        self._refused: dict[int, Exception] = {}
+        self._asked: dict[int, Prepared] = {}
 
-    def admit(self, requests: Sequence[CompletionRequest]) -> list[int]:
+    def admit(self, requests: Sequence[Prepared]) -> list[int]:
         """See `Stream.admit`."""
-        tickets, runnable = [], []
-        for request in requests:
-            ticket, prepared = next(self._tickets), self._engine.prepare(request)
-            tickets.append(ticket)
-            if isinstance(prepared, Exception):
-                self._refused[ticket] = prepared
-            else:
-                runnable.append((ticket, request, prepared))
-        if runnable:
-            inner = self._samples.admit([prepared for _, _, prepared in runnable])
-            self._drawn.update(zip(inner, runnable, strict=True))
+        tickets = self._samples.admit([asked.drawn for asked in requests])
+        self._asked.update(zip(tickets, requests, strict=True))
         return tickets
 
     def step(self) -> dict[int, Completion | Exception]:
         """See `Stream.step`."""
-        done: dict[int, Completion | Exception] = dict(self._refused)
-        self._refused = {}
-        for inner, sample in self._samples.step().items():
-            ticket, request, drawn = self._drawn.pop(inner)
-            done[ticket] = self._engine.answer(request, drawn, sample)
-        return done
+        return {ticket: self._engine.answer(self._asked.pop(ticket), sample) for ticket, sample in self._samples.step().items()}
 
     def cancel(self, ticket: int) -> None:
         """See `Stream.cancel`."""
-        self._refused.pop(ticket, None)
-        for inner, (own, _, _) in list(self._drawn.items()):
-            if own == ticket:
-                self._samples.cancel(inner)
-                del self._drawn[inner]
+        if self._asked.pop(ticket, None) is not None:
+            self._samples.cancel(ticket)
 
 
 def _grammar(request: CompletionRequest) -> Grammar | None:
@@ -218,12 +212,16 @@ def _broken_rule(message: Message, request: CompletionRequest) -> InvalidAnswer 
     for where, text, schema in checks:
         try:
             jsonschema_rs.validator_for(dict(schema), validate_formats=True, offline=True).validate(json.loads(text))
-        except ValueError as error:  # JSONDecodeError and jsonschema_rs.ValidationError are ValueErrors
-            why = str(error).partition("\n")[0]
-            return InvalidAnswer(
-                f"the model's answer breaks its schema ({why})", where=where, remedy="try another seed, or relax the schema"
-            )
+        except jsonschema_rs.ValidationError as error:
+            rule = "/".join(str(part) for part in error.schema_path)
+            return _invalid(f"the model's answer breaks its schema at {rule}", where, error.message)
+        except ValueError as error:  # JSONDecodeError
+            return _invalid("the model's answer is not JSON", where, error)
     return None
+
+
+def _invalid(what: str, where: str, value: object) -> InvalidAnswer:
+    return InvalidAnswer(what, where=where, value=str(value).partition("\n")[0], remedy="try another seed, or relax the schema")
 
 
 def _cut(message: Message, stop: Sequence[str]) -> tuple[Message, bool]:

@@ -88,8 +88,10 @@ class _Resident:
     since: float = 0.0
 
     @property
-    def fresh(self) -> bool:
-        return self.error is None or time.monotonic() - self.since < _RETRY_SECONDS
+    def due(self) -> bool:
+        """Whether it is time to try again; what was made for other weights or another contract stays so."""
+        passing = self.error is not None and not isinstance(self.error, BindingError | ContractError)
+        return passing and time.monotonic() - self.since >= _RETRY_SECONDS
 
 
 class Router:
@@ -108,12 +110,14 @@ class Router:
             raise Refused(RoutingReason.UNKNOWN_KEY, "unknown API key", remedy="ask the operator for a valid one")
         return caller
 
-    def moved(self) -> bool:
-        """Whether some served channel points elsewhere than what is loaded; then `refresh` must run. Cheap enough per request."""
+    def moved(self, caller: Caller) -> bool:
+        """Whether some served channel points elsewhere than what is loaded, or the caller's own could not be loaded a while ago; then
+        `refresh` must run, for which all wait: no tenant's broken release may ask for it at another's request. Cheap enough per request."""
         pointers = self._channels.pointers()
         wanted = {channel: pointers[channel] for channel in self._served() if channel in pointers}
-        return wanted.keys() != self._resident.keys() or any(
-            self._resident[channel].release != release or not self._resident[channel].fresh for channel, release in wanted.items()
+        own = self._resident.get(self._access.current().tenants.get(caller.tenant, ""))
+        return wanted != {channel: resident.release for channel, resident in self._resident.items()} or (
+            own is not None and own.due
         )
 
     def refresh(self) -> None:
@@ -126,7 +130,7 @@ class Router:
         for channel in self._served():
             if channel in pointers:
                 known = self._resident.get(channel)
-                usable = known is not None and known.release == pointers[channel] and known.fresh
+                usable = known is not None and known.release == pointers[channel] and not known.due
                 found[channel] = known if known is not None and usable else self._load(pointers[channel], found)
         self._resident = found
 
