@@ -197,8 +197,8 @@ class Contract:
 
 
 def _plain_tokenizer(backend: Any, markers: Mapping[str, int]) -> Tokenizer:
-    """A private copy of the tokenizer: padding or truncation set elsewhere cannot leak in, and the template's markers are plain text wherever
-    they are typed. Raises ContractError where they cannot be."""
+    """A private copy of the tokenizer: padding or truncation set elsewhere cannot leak in, and the template's markers are plain text
+    wherever they are typed. Raises ContractError where they cannot be."""
     text = backend.to_str()
     parts = json.loads(text)
     unmarked = [token for token in parts.get("added_tokens") or () if token["content"] in markers and not token["special"]]
