@@ -171,8 +171,9 @@ def test_requests_reach_the_sampler_with_prompt_adapter_seed_options_and_grammar
     requests = [plain, replace(plain, response_schema=SCHEMA), replace(plain, tools=(TOOL,), response_schema=SCHEMA, max_calls=1)]
     complete(engine, requests)
     [seen] = sampler.calls
-    assert [request.grammar for request in seen] == [None, json_grammar(SCHEMA), turn_grammar((TOOL,), SCHEMA, max_calls=1)]
-    assert seen[0] == SampleRequest(tuple(b"Hi"), 4, options, None, "adapter-1", "bank")
+    text, document, turn = turn_grammar((), None), json_grammar(SCHEMA), turn_grammar((TOOL,), SCHEMA, max_calls=1)
+    assert [request.grammar for request in seen] == [text, document, turn]
+    assert seen[0] == SampleRequest(tuple(b"Hi"), 4, options, text, "adapter-1", "bank")
 
 
 def test_a_prompt_that_does_not_fit_the_context_is_refused_with_both_numbers() -> None:

@@ -119,6 +119,12 @@ def test_an_untrained_model_still_answers_in_valid_json(real: House) -> None:
         assert set(value) == {"decision", "ok"}
 
 
+def test_plain_text_holds_no_special_token_however_hot_it_is_drawn(real: House) -> None:
+    for seed in range(12):
+        choice = real.say("Cash?", seed=seed, temperature=2.0, max_tokens=40).choices[0]
+        assert choice.message.content and "<|" not in choice.message.content
+
+
 def test_an_untrained_model_calls_tools_by_their_schema_or_answers(real: House) -> None:
     finishes = set()
     for seed in range(12):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cache
 from typing import Any, Protocol
 
 import jsonschema_rs
@@ -96,7 +97,7 @@ class Turns(Protocol):
 
 
 class ContractEngine:
-    """Answers through a contract and a sampler. With tools or a schema the turn is constrained: valid, or a prefix."""
+    """Answers through a contract and a sampler. Every turn is constrained: valid calls, a valid answer, text, or a prefix of these."""
 
     def __init__(self, contract: Turns, sampler: StreamSampler, context: int) -> None:
         """`context` is the number of tokens the model can hold, prompt and answer together."""
@@ -176,11 +177,17 @@ class ContractStream:
             self._samples.cancel(ticket)
 
 
-def _grammar(request: CompletionRequest) -> Grammar | None:
+def _grammar(request: CompletionRequest) -> Grammar:
     evidence = shown(request.messages)
     if request.tools:
         return turn_grammar(request.tools, request.response_schema, max_calls=request.max_calls, evidence=evidence)
-    return None if request.response_schema is None else json_grammar(request.response_schema, evidence)
+    return _plain_text() if request.response_schema is None else json_grammar(request.response_schema, evidence)
+
+
+@cache
+def _plain_text() -> Grammar:
+    """Text without calls and without the text of special tokens: a model that learned tools would call them where none is offered."""
+    return turn_grammar((), None)
 
 
 def _offered(message: Message, tools: Sequence[ToolSpec]) -> Message:
