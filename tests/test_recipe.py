@@ -74,14 +74,21 @@ def test_numbers_words_and_booleans_are_read_as_written(tmp_path: Path) -> None:
     [
         ("{}", ("without targets",)),
         ("{targets: [{metric: tool_succes}]}", ("targets[0]", "'tool_succes'", "did you mean tool_success?")),
-        ("{targets: [{metric: tool_success}], guardrails: [{metric: kl}]}", ("guardrails[0]", "known:")),
+        ("{targets: [{metric: tool_success}], guardrails: [{metric: kl, max_drop: 0}]}", ("guardrails[0]", "known:")),
         ("{targets: [{metric: tool_success}], proxy: reward}", ("gate.proxy", "'reward'")),
         ("{targets: [{metric: tool_success, slice: kind=lookups}]}", ("'lookups'", "did you mean lookup?")),
         ("{targets: [{metric: tool_success, slice: kind=advise}]}", ("no task of this kind is measured",)),  # its count is 0
         ("{targets: [{metric: tool_success, slice: lookup}]}", ("kind=NAME",)),
         ("{targets: [{metric: latency_ratio, slice: kind=lookup}]}", ("not of a slice",)),
         ("{targets: [{metric: kl_to_parent, at_most: 1}]}", ("not measured", "evaluation")),  # drift: 0
-        ("{targets: [{metric: tool_success}], confidence: 95}", ("between 0 and 1", "95")),
+        ("{targets: [{metric: tool_success}], confidence: 95}", ("between 0.5 and 1", "95")),
+        ("{targets: [{metric: tool_success}], confidence: .nan}", ("confidence",)),
+        ("{targets: [{metric: tool_success}], guardrails: [{metric: high_risk_refusal}]}", ("guardrails[0]", "guards nothing")),
+        (
+            "{targets: [{metric: tool_success}], guardrails: [{metric: truncated, max_drop: -0.1}]}",
+            ("guardrails[0].max_drop", "-0.1"),
+        ),
+        ("{targets: [{metric: tool_success, min_gain: -0.1}]}", ("targets[0].min_gain", "-0.1")),
     ],
 )
 def test_a_gate_that_no_scorecard_could_answer_is_refused_before_anything_is_trained(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -156,3 +157,25 @@ def test_a_scorecard_survives_its_json() -> None:
     assert Scorecard.from_json(original.to_json()) == original
     with pytest.raises(DataError, match="not a scorecard"):
         Scorecard.from_json({"suite": "s"})
+
+
+@pytest.mark.parametrize("confidence", [95.0, 1.0, 0.5, 0.0, -1.0, math.nan])
+def test_a_confidence_that_would_make_nothing_certain_is_refused(confidence: float) -> None:
+    with pytest.raises(RecipeError, match=r"between 0\.5 and 1"):
+        decide(None, card({"tool_success": bits(50)}), GatePolicy((UP,), confidence=confidence))
+
+
+@pytest.mark.parametrize(
+    "rail",
+    [
+        Guardrail("high_risk_refusal"),
+        Guardrail("high_risk_refusal", max_drop=-0.1),
+        Guardrail("high_risk_refusal", max_drop=math.nan),
+        Guardrail("high_risk_refusal", at_least=math.nan),
+        Guardrail("high_risk_refusal", at_most=math.inf),
+    ],
+)
+def test_a_guardrail_that_guards_nothing_is_refused_with_its_place(rail: Guardrail) -> None:
+    scores = card({"tool_success": bits(50), "high_risk_refusal": bits(50)})
+    with pytest.raises(RecipeError, match=r"guardrails\[1\]"):
+        decide(scores, scores, GatePolicy((UP,), (SAFE, rail)))

@@ -16,6 +16,7 @@ a candidate by chance; such a case is noted as inconclusive), or when its own va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -67,18 +68,21 @@ class GatePolicy:
     confidence: float = 0.95
 
 
-def check_policy(policy: GatePolicy, where: str, kinds: Collection[str] | None = None, left_out: Collection[str] = ()) -> None:
-    """Raises RecipeError for a policy that no scorecard of a run could answer: this is known before anything is trained. `kinds`: the
-    kinds of task that are measured (None: unknown); `left_out`: metrics that are not."""
-    if not policy.targets:
-        raise RecipeError("a gate without targets can promote nothing", where=where, remedy="name at least one target")
-    if not 0 < policy.confidence < 1:
-        raise RecipeError("a confidence lies between 0 and 1", where=where, value=policy.confidence, remedy="for example 0.95")
-    asked = [(f"{where}.targets[{i}]", target.metric, target.slice) for i, target in enumerate(policy.targets)]
-    asked += [(f"{where}.guardrails[{i}]", guardrail.metric, guardrail.slice) for i, guardrail in enumerate(policy.guardrails)]
+def check_policy(
+    policy: GatePolicy,
+    where: str,
+    kinds: Collection[str] | None = None,
+    left_out: Collection[str] = (),
+    others: Collection[str] = (),
+) -> None:
+    """Raises RecipeError for a policy that guards nothing or that no scorecard of a run could answer: this is known before anything is
+    trained. `kinds`: the kinds of task that are measured (None: unknown); `left_out`: metrics that are not; `others`: metrics that
+    scorecards hold besides posttrain's own."""
+    _check_rules(policy, where)
+    asked: list[tuple[str, str, str | None]] = [(place, rule.metric, rule.slice) for place, rule in _rules(policy, where)]
     asked += [(f"{where}.proxy", policy.proxy, None)] if policy.proxy else []
+    known = list(dict.fromkeys([*TASK_METRICS, *SUITE_METRICS, *others]))
     for place, metric, slice in asked:
-        known = [*TASK_METRICS, *SUITE_METRICS]
         if metric not in known:
             raise RecipeError("no such metric", where=place, value=metric, remedy=nearest_of(metric, known))
         if metric in left_out:
@@ -87,6 +91,37 @@ def check_policy(policy: GatePolicy, where: str, kinds: Collection[str] | None =
             )
         if slice is not None:
             _check_slice(slice, metric, kinds, place)
+
+
+def _check_rules(policy: GatePolicy, where: str) -> None:
+    """What every policy must obey, wherever it came from. Raises RecipeError."""
+    if not policy.targets:
+        raise RecipeError("a gate without targets can promote nothing", where=where, remedy="name at least one target")
+    if not 0.5 < policy.confidence < 1:
+        raise RecipeError("a confidence lies between 0.5 and 1", where=where, value=policy.confidence, remedy="for example 0.95")
+    for place, rule in _rules(policy, where):
+        limits = {name: getattr(rule, name, None) for name in ("min_gain", "max_drop", "at_least", "at_most")}
+        for name, limit in limits.items():
+            if limit is not None and not 0 <= limit < math.inf:
+                raise RecipeError(
+                    "a limit is a number from 0 up",
+                    where=f"{place}.{name}",
+                    value=limit,
+                    remedy="`direction` says which way is worse",
+                )
+        if isinstance(rule, Guardrail) and all(limit is None for limit in limits.values()):
+            raise RecipeError(
+                "a guardrail without a limit guards nothing",
+                where=place,
+                value=rule.metric,
+                remedy="give max_drop, at_least or at_most",
+            )
+
+
+def _rules(policy: GatePolicy, where: str) -> list[tuple[str, Target | Guardrail]]:
+    """Every target and guardrail with its place."""
+    targets = [(f"{where}.targets[{index}]", target) for index, target in enumerate(policy.targets)]
+    return [*targets, *((f"{where}.guardrails[{index}]", rail) for index, rail in enumerate(policy.guardrails))]
 
 
 def _check_slice(slice: str, metric: str, kinds: Collection[str] | None, where: str) -> None:
@@ -100,9 +135,8 @@ def _check_slice(slice: str, metric: str, kinds: Collection[str] | None, where: 
 
 
 def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Verdict:
-    """The verdict by the table above. Raises RecipeError for a policy without targets, DataError for a metric that is not there."""
-    if not policy.targets:
-        raise RecipeError("a gate without targets can promote nothing", where="gate", remedy="name at least one target")
+    """The verdict by the table above. Raises RecipeError for a policy that guards nothing, DataError for a metric that is not there."""
+    _check_rules(policy, "gate")
     targets = [_target(parent, candidate, target, policy.confidence) for target in policy.targets]
     guarded = [_guardrail(parent, candidate, guardrail, policy.confidence) for guardrail in policy.guardrails]
     proxy = [_proxy(parent, candidate, policy)] if policy.proxy else []

@@ -13,6 +13,7 @@ from posttrain.agents.world import load_world
 from posttrain.data.records import Task
 from posttrain.errors import DataError, RegistryError
 from posttrain.evaluation import GatePolicy, Scorecard, Suite, Verdict, decide
+from posttrain.evaluation.gate import check_policy
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.measure import AdapterFor, Measurer
 from posttrain.pipeline.parents import Parents
@@ -135,7 +136,9 @@ def decide_files(parent: Path, candidate: Path, policy: Path) -> Verdict:
         raise DataError(
             f"the policy cannot be read ({error})", where=str(policy), remedy="give a YAML file with targets and guardrails"
         ) from error
-    return decide(_card(parent), _card(candidate), build(GatePolicy, value or {}, str(policy)))
+    rules, cards = build(GatePolicy, value or {}, str(policy)), (_card(parent), _card(candidate))
+    check_policy(rules, str(policy), others=[name for card in cards for name in card.metrics])
+    return decide(*cards, rules)
 
 
 def _card(path: Path) -> Scorecard:
