@@ -88,6 +88,11 @@ def test_numbers_words_and_booleans_are_read_as_written(tmp_path: Path) -> None:
             "{targets: [{metric: tool_success}], guardrails: [{metric: truncated, max_drop: -0.1}]}",
             ("guardrails[0].max_drop", "-0.1"),
         ),
+        (
+            "{targets: [{metric: tool_success}], guardrails: [{metric: false_refusal, max_drop: 0.1, direction: up}]}",
+            ("guardrails[0].direction", "direction: down"),
+        ),
+        ("{targets: [{metric: mean_length}]}", ("targets[0]", "direction")),
         ("{targets: [{metric: tool_success, min_gain: -0.1}]}", ("targets[0].min_gain", "-0.1")),
     ],
 )

@@ -116,6 +116,21 @@ def test_down_means_smaller_is_better_for_targets_and_guardrails() -> None:
     )
 
 
+def test_a_metric_whose_smaller_values_are_better_is_guarded_that_way_without_saying_so() -> None:
+    parent = card({"tool_success": bits(20), "false_refusal": bits(0)})
+    candidate = card({"tool_success": bits(45), "false_refusal": bits(60)})
+    verdict = decide(parent, candidate, GatePolicy((UP,), (Guardrail("false_refusal", max_drop=0.03),)))
+    assert verdict.outcome is Outcome.REWARD_HACKING
+    assert verdict.checks[1].requirement == "rise by at most 0.03"
+    assert decide(candidate, parent, GatePolicy((Target("false_refusal"),))).passed
+
+
+def test_a_metric_of_another_world_is_better_upwards_unless_the_policy_says_otherwise() -> None:
+    parent, candidate = card({"errors": bits(40)}), card({"errors": bits(10)})
+    assert not decide(parent, candidate, GatePolicy((Target("errors"),))).passed
+    assert decide(parent, candidate, GatePolicy((Target("errors", direction="down"),))).passed
+
+
 def test_a_slice_is_compared_on_its_own_tasks() -> None:
     parent = card({"tool_success": [0.0] * 80})
     candidate = card({"tool_success": [float(i % 2) for i in range(80)]})

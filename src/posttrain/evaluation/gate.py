@@ -19,26 +19,24 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
 
 from posttrain.errors import RecipeError, nearest_of
-from posttrain.evaluation.scorecard import SUITE_METRICS, TASK_METRICS, Scorecard
+from posttrain.evaluation.scorecard import METRICS, SUITE_METRICS, Direction, Scorecard
 from posttrain.evaluation.statistics import paired_difference, unpaired_difference
 from posttrain.evaluation.verdict import Check, Outcome, Verdict
-
-Direction = Literal["up", "down"]
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What must become better. `slice` such as 'kind=reconcile' restricts it; direction 'down' wants smaller values."""
+    """What must become better. `slice` such as 'kind=reconcile' restricts it; direction 'down' wants smaller values, None what the
+    metric's own direction is, up for metrics that posttrain does not know."""
 
     metric: str
     slice: str | None = None
     min_gain: float | None = None
     at_least: float | None = None
     at_most: float | None = None
-    direction: Direction = "up"
+    direction: Direction | None = None
 
     @property
     def compared(self) -> bool:
@@ -55,7 +53,7 @@ class Guardrail:
     max_drop: float | None = None
     at_least: float | None = None
     at_most: float | None = None
-    direction: Direction = "up"
+    direction: Direction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +79,7 @@ def check_policy(
     _check_rules(policy, where)
     asked: list[tuple[str, str, str | None]] = [(place, rule.metric, rule.slice) for place, rule in _rules(policy, where)]
     asked += [(f"{where}.proxy", policy.proxy, None)] if policy.proxy else []
-    known = list(dict.fromkeys([*TASK_METRICS, *SUITE_METRICS, *others]))
+    known = list(dict.fromkeys([*METRICS, *others]))
     for place, metric, slice in asked:
         if metric not in known:
             raise RecipeError("no such metric", where=place, value=metric, remedy=nearest_of(metric, known))
@@ -116,6 +114,30 @@ def _check_rules(policy: GatePolicy, where: str) -> None:
                 value=rule.metric,
                 remedy="give max_drop, at_least or at_most",
             )
+        _check_direction(rule, place)
+
+
+def _check_direction(rule: Target | Guardrail, where: str) -> None:
+    if rule.metric not in METRICS:
+        return
+    own = METRICS[rule.metric]
+    compared = rule.compared if isinstance(rule, Target) else rule.max_drop is not None
+    if own is None and rule.direction is None and compared:
+        raise RecipeError(
+            f"{rule.metric} may be wanted either way", where=where, remedy="say `direction: up` or `direction: down`"
+        )
+    if own is not None and rule.direction not in (None, own):
+        raise RecipeError(
+            f"of {rule.metric} the {'larger' if own == 'up' else 'smaller'} value is the better one",
+            where=f"{where}.direction",
+            value=rule.direction,
+            remedy=f"write `direction: {own}` or leave it out",
+        )
+
+
+def _sign(metric: str, direction: Direction | None = None) -> int:
+    """1 where larger values are better, -1 where smaller ones are."""
+    return -1 if (direction or METRICS.get(metric)) == "down" else 1
 
 
 def _rules(policy: GatePolicy, where: str) -> list[tuple[str, Target | Guardrail]]:
@@ -165,7 +187,7 @@ def _reasons(outcome: Outcome, targets: list[Check], breached: list[Check]) -> t
 
 
 def _target(parent: Scorecard | None, candidate: Scorecard, target: Target, confidence: float) -> Check:
-    sign = 1 if target.direction == "up" else -1
+    sign = _sign(target.metric, target.direction)
     difference = _difference(parent, candidate, target.metric, target.slice, confidence)
     passed = _within(candidate.metric(target.metric, target.slice).value, target.at_least, target.at_most)
     wanted = _bounds(target.at_least, target.at_most)
@@ -178,7 +200,7 @@ def _target(parent: Scorecard | None, candidate: Scorecard, target: Target, conf
 
 def _guardrail(parent: Scorecard | None, candidate: Scorecard, guardrail: Guardrail, confidence: float) -> tuple[Check, bool]:
     """The check, and whether it fell beyond the margin but within chance."""
-    sign = 1 if guardrail.direction == "up" else -1
+    sign = _sign(guardrail.metric, guardrail.direction)
     difference = _difference(parent, candidate, guardrail.metric, guardrail.slice, confidence)
     passed = _within(candidate.metric(guardrail.metric, guardrail.slice).value, guardrail.at_least, guardrail.at_most)
     wanted, doubtful = _bounds(guardrail.at_least, guardrail.at_most), False
@@ -195,7 +217,7 @@ def _guardrail(parent: Scorecard | None, candidate: Scorecard, guardrail: Guardr
 def _proxy(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Check:
     assert policy.proxy is not None
     difference = _difference(parent, candidate, policy.proxy, None, policy.confidence)
-    rose = difference is not None and difference[1] > 0
+    rose = difference is not None and _worst(difference, _sign(policy.proxy)) > 0
     return _check("proxy", parent, candidate, (policy.proxy, None), difference, ("what was trained on, watched", rose))
 
 

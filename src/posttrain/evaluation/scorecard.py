@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from posttrain.errors import DataError
 
-# of each task, where it applies to the task (evaluation/run.py)
-TASK_METRICS = (
-    "schema_validity_constrained", "schema_validity_free", "task_success", "tool_success", "groundedness", "high_risk_refusal",
-    "false_refusal", "verifier_pass", "verifier_score", "policy_conformity", "mean_length", "truncated", "unscored", "episode_s",
-)  # fmt: skip
-# of the whole suite only (pipeline/measure.py)
-SUITE_METRICS = ("kl_to_parent", "latency_s", "latency_ratio")
+Direction = Literal["up", "down"]
+
+# Metrics and which way is better (None: as a policy says). Of each task, where it applies to the task (evaluation/run.py):
+TASK_METRICS: Mapping[str, Direction | None] = {
+    "schema_validity_constrained": "up", "schema_validity_free": "up", "task_success": "up", "tool_success": "up",
+    "groundedness": "up", "high_risk_refusal": "up", "false_refusal": "down", "verifier_pass": "up", "verifier_score": "up",
+    "policy_conformity": "up", "mean_length": None, "truncated": "down", "unscored": "down", "episode_s": "down",
+}  # fmt: skip
+# of the whole suite only (pipeline/measure.py):
+SUITE_METRICS: Mapping[str, Direction | None] = {"kl_to_parent": "down", "latency_s": "down", "latency_ratio": "down"}
+METRICS: Mapping[str, Direction | None] = {**TASK_METRICS, **SUITE_METRICS}
 
 
 @dataclass(frozen=True, slots=True)
