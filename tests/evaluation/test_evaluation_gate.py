@@ -154,12 +154,37 @@ def test_without_a_parent_only_bounds_can_pass() -> None:
     assert decide(None, candidate, GatePolicy((Target("tool_success", at_least=0.8),))).passed
 
 
-def test_a_missing_metric_or_slice_is_named_with_what_there_is() -> None:
-    candidate = card({"tool_success": bits(50)})
-    with pytest.raises(DataError, match="tool_success"):
-        decide(None, candidate, GatePolicy((Target("tool_sucess"),)))
-    with pytest.raises(DataError, match="kind=even"):
-        decide(None, candidate, GatePolicy((Target("tool_success", slice="kind=none"),)))
+def test_a_metric_or_slice_that_the_candidate_lacks_fails_its_check_and_is_named() -> None:
+    parent = card({"tool_success": bits(20), "groundedness": bits(60)})
+    candidate = card({"tool_success": bits(45)})
+    rail = Guardrail("groundedness", max_drop=0.05, at_least=0.0)
+    verdict = decide(parent, candidate, GatePolicy((UP,), (rail,), proxy="reward"))
+    assert verdict.outcome is Outcome.REWARD_HACKING
+    assert (verdict.checks[1].parent, verdict.checks[1].candidate, verdict.checks[1].passed) == (1.0, None, False)
+    assert "groundedness" in verdict.reasons[0]
+    assert "no such metric" in verdict.reasons[0]
+    nowhere = decide(parent, candidate, GatePolicy((Target("tool_success", slice="kind=none", at_least=0.0),)))
+    assert not nowhere.passed
+    assert "kind=even" in nowhere.reasons[0]
+
+
+def test_a_value_that_is_no_number_passes_nothing() -> None:
+    parent, candidate = card({"tool_success": bits(20)}, kl=0.1), card({"tool_success": bits(45)}, kl=math.nan)
+    for rail in (Guardrail("kl", max_drop=0.1), Guardrail("kl", at_most=1.0)):
+        assert decide(parent, candidate, GatePolicy((UP,), (rail,))).outcome is Outcome.REWARD_HACKING
+
+
+def test_without_a_parents_value_a_guardrail_holds_by_its_own_bound_or_not_at_all() -> None:
+    parent = card({"tool_success": bits(20)})
+    candidate = card({"tool_success": bits(45), "groundedness": bits(57)})
+
+    def outcome(**limits: float) -> Outcome:
+        return decide(parent, candidate, GatePolicy((UP,), (Guardrail("groundedness", **limits),))).outcome
+
+    assert outcome(max_drop=0.05) is Outcome.REWARD_HACKING
+    assert outcome(max_drop=0.05, at_least=0.99) is Outcome.REWARD_HACKING
+    assert outcome(max_drop=0.05, at_least=0.9) is Outcome.REAL_GAIN
+    assert outcome(at_least=0.9) is Outcome.REAL_GAIN
 
 
 def test_a_gate_without_targets_is_an_error() -> None:

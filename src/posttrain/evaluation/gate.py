@@ -11,7 +11,9 @@ A target gains when its difference to the parent, in the wanted direction, is at
 excludes zero. `at_least` and `at_most` bound the candidate's own value and must hold for every target that names them; a target with
 bounds only needs no comparison. Of the compared targets at least one must gain. A guardrail is breached when the candidate is worse
 than the parent by more than `max_drop` **and** the interval of the difference excludes zero harm (so that a small suite cannot fail
-a candidate by chance; such a case is noted as inconclusive), or when its own value violates a bound.
+a candidate by chance; such a case is noted as inconclusive), or when its own value violates a bound. What cannot be judged has not held:
+a value that the candidate lacks fails its check, and without a parent's value `max_drop` is breached unless the guardrail also gives a
+bound on the candidate's own value, which then decides.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from posttrain.errors import RecipeError, nearest_of
-from posttrain.evaluation.scorecard import METRICS, SUITE_METRICS, Direction, Scorecard
+from posttrain.errors import DataError, RecipeError, nearest_of
+from posttrain.evaluation.scorecard import METRICS, SUITE_METRICS, Direction, Metric, Scorecard
 from posttrain.evaluation.statistics import paired_difference, unpaired_difference
 from posttrain.evaluation.verdict import Check, Outcome, Verdict
 
@@ -157,7 +159,7 @@ def _check_slice(slice: str, metric: str, kinds: Collection[str] | None, where: 
 
 
 def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Verdict:
-    """The verdict by the table above. Raises RecipeError for a policy that guards nothing, DataError for a metric that is not there."""
+    """The verdict by the table above. Raises RecipeError for a policy that guards nothing."""
     _check_rules(policy, "gate")
     targets = [_target(parent, candidate, target, policy.confidence) for target in policy.targets]
     guarded = [_guardrail(parent, candidate, guardrail, policy.confidence) for guardrail in policy.guardrails]
@@ -171,7 +173,9 @@ def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -
         f"{_place(check)} fell by {abs(check.difference or 0):.3f}, within chance" for check, doubtful in guarded if doubtful
     ]
     notes = {"inconclusive": unsure, "paired": parent is not None and _same_tasks(parent, candidate)}
-    return Verdict(outcome, (*targets, *(check for check, _ in guarded), *proxy), _reasons(outcome, targets, breached), notes)
+    return Verdict(
+        outcome, (*targets, *(check for check, _ in guarded), *proxy), _reasons(outcome, targets, breached, candidate), notes
+    )
 
 
 def _outcome(gained: bool, breached: bool, proxy_gained: bool) -> Outcome:
@@ -180,16 +184,20 @@ def _outcome(gained: bool, breached: bool, proxy_gained: bool) -> Outcome:
     return Outcome.REAL_GAIN if gained else Outcome.IDLE_DRIFT
 
 
-def _reasons(outcome: Outcome, targets: list[Check], breached: list[Check]) -> tuple[str, ...]:
-    failed = [f"target {_place(check)}: {check.requirement}, got {_shown(check)}" for check in targets if not check.passed]
-    fell = [f"guardrail {_place(check)}: {check.requirement}, got {_shown(check)}" for check in breached]
+def _reasons(outcome: Outcome, targets: list[Check], breached: list[Check], candidate: Scorecard) -> tuple[str, ...]:
+    failed = [_reason(check, candidate) for check in targets if not check.passed]
+    fell = [_reason(check, candidate) for check in breached]
     return tuple(fell if outcome is Outcome.REAL_GAIN else [*fell, *failed])
+
+
+def _reason(check: Check, candidate: Scorecard) -> str:
+    return f"{check.role} {_place(check)}: {check.requirement}, got {_shown(check, candidate)}"
 
 
 def _target(parent: Scorecard | None, candidate: Scorecard, target: Target, confidence: float) -> Check:
     sign = _sign(target.metric, target.direction)
     difference = _difference(parent, candidate, target.metric, target.slice, confidence)
-    passed = _within(candidate.metric(target.metric, target.slice).value, target.at_least, target.at_most)
+    passed = _within(candidate, target)
     wanted = _bounds(target.at_least, target.at_most)
     if target.compared:
         least = target.min_gain or 0.0
@@ -202,12 +210,15 @@ def _guardrail(parent: Scorecard | None, candidate: Scorecard, guardrail: Guardr
     """The check, and whether it fell beyond the margin but within chance."""
     sign = _sign(guardrail.metric, guardrail.direction)
     difference = _difference(parent, candidate, guardrail.metric, guardrail.slice, confidence)
-    passed = _within(candidate.metric(guardrail.metric, guardrail.slice).value, guardrail.at_least, guardrail.at_most)
+    passed = _within(candidate, guardrail)
     wanted, doubtful = _bounds(guardrail.at_least, guardrail.at_most), False
     if guardrail.max_drop is not None:
+        bounded = bool(wanted)
         wanted.insert(0, f"{'fall' if sign > 0 else 'rise'} by at most {guardrail.max_drop:g}")
-        if difference is not None and sign * difference[0] < -guardrail.max_drop:
-            certain = _best(difference, sign) < 0
+        if difference is None:
+            passed = passed and bounded
+        elif not sign * difference[0] >= -guardrail.max_drop:
+            certain = not _best(difference, sign) >= 0
             passed, doubtful = passed and not certain, not certain
     return _check(
         "guardrail", parent, candidate, (guardrail.metric, guardrail.slice), difference, (", ".join(wanted), passed)
@@ -225,17 +236,13 @@ def _difference(
     parent: Scorecard | None, candidate: Scorecard, name: str, slice: str | None, confidence: float
 ) -> tuple[float, float, float, int] | None:
     """(difference, low, high, n), paired where both scorecards hold the same tasks; None without a parent's value."""
-    own = candidate.metric(name, slice)
-    if parent is None:
+    own, other = _found(candidate, name, slice), _found(parent, name, slice)
+    if parent is None or own is None or other is None:
         return None
     after, before = candidate.values(name, slice), parent.values(name, slice)
     shared = sorted(after.keys() & before.keys()) if _same_tasks(parent, candidate) else []
     if shared:
         return *paired_difference([after[t] for t in shared], [before[t] for t in shared], confidence), len(shared)
-    table = parent.metrics if slice is None else parent.slices.get(slice, {})
-    if name not in table:
-        return None
-    other = table[name]
     return *unpaired_difference((own.low, own.high), (other.low, other.high), (own.value, other.value)), min(own.n, other.n)
 
 
@@ -243,19 +250,28 @@ def _check(
     role: str, parent: Scorecard | None, candidate: Scorecard, what: tuple[str, str | None],
     difference: tuple[float, float, float, int] | None, required: tuple[str, bool],
 ) -> Check:  # fmt: skip
-    (name, slice), own = what, candidate.metric(*what)
-    table = {} if parent is None else parent.metrics if slice is None else parent.slices.get(slice, {})
-    before = table[name].value if name in table else None
-    d, low, high, n = difference if difference is not None else (None, None, None, own.n)
-    return Check(name, role, slice or "", before, own.value, d, low, high, n, *required)
+    (name, slice), own, other = what, _found(candidate, *what), _found(parent, *what)
+    before, after = (None if found is None else found.value for found in (other, own))
+    d, low, high, n = difference if difference is not None else (None, None, None, 0 if own is None else own.n)
+    return Check(name, role, slice or "", before, after, d, low, high, n, *required)
+
+
+def _found(card: Scorecard | None, name: str, slice: str | None) -> Metric | None:
+    """A scorecard's metric; None where it has none, or one that is no number."""
+    table = {} if card is None else card.metrics if slice is None else card.slices.get(slice, {})
+    return table[name] if name in table and math.isfinite(table[name].value) else None
 
 
 def _same_tasks(parent: Scorecard, candidate: Scorecard) -> bool:
     return (parent.suite, parent.split, parent.seed) == (candidate.suite, candidate.split, candidate.seed)
 
 
-def _within(value: float, at_least: float | None, at_most: float | None) -> bool:
-    return (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
+def _within(candidate: Scorecard, rule: Target | Guardrail) -> bool:
+    """Whether the candidate has a value and it lies within the rule's bounds."""
+    own = _found(candidate, rule.metric, rule.slice)
+    if own is None:
+        return False
+    return (rule.at_least is None or own.value >= rule.at_least) and (rule.at_most is None or own.value <= rule.at_most)
 
 
 def _bounds(at_least: float | None, at_most: float | None) -> list[str]:
@@ -278,7 +294,17 @@ def _place(check: Check) -> str:
     return f"{check.metric} ({check.slice})" if check.slice else check.metric
 
 
-def _shown(check: Check) -> str:
+def _shown(check: Check, candidate: Scorecard) -> str:
+    if check.candidate is None:
+        return f"no value ({_why_missing(check, candidate)})"
     if check.difference is None:
-        return f"{check.candidate:.3f}"
+        return f"{check.candidate:.3f} ({'the parent has no value' if check.parent is None else 'no difference'})"
     return f"{check.candidate:.3f} ({check.difference:+.3f}, 95 % from {check.low:+.3f} to {check.high:+.3f}, n={check.n})"
+
+
+def _why_missing(check: Check, candidate: Scorecard) -> str:
+    try:
+        candidate.metric(check.metric, check.slice or None)
+    except DataError as error:
+        return f"{error.what}; {error.remedy}"
+    return "it is no number"

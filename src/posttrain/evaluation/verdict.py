@@ -19,13 +19,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison the gate made. `difference` is candidate minus parent (paired where the tasks match), with its 95 % interval."""
+    """One comparison the gate made. `difference` is candidate minus parent (paired where the tasks match), with its 95 % interval.
+    A value that a side lacks is None, and so is a difference to it."""
 
     metric: str
     role: str  # "target" | "guardrail" | "proxy"
     slice: str
     parent: float | None
-    candidate: float
+    candidate: float | None
     difference: float | None
     low: float | None
     high: float | None
