@@ -105,6 +105,14 @@ def test_absolute_bounds_hold_for_every_target_and_guardrail() -> None:
     )
 
 
+def test_a_compared_targets_own_bound_must_hold_although_another_target_gains() -> None:
+    parent = card({"task_success": bits(0), "tool_success": bits(20)})
+    candidate = card({"task_success": bits(60), "tool_success": bits(20)})
+    for least, outcome in ((0.8, Outcome.IDLE_DRIFT), (0.3, Outcome.REAL_GAIN)):
+        bounded = Target("tool_success", min_gain=0.0, at_least=least)
+        assert decide(parent, candidate, GatePolicy((Target("task_success"), bounded))).outcome is outcome
+
+
 def test_down_means_smaller_is_better_for_targets_and_guardrails() -> None:
     parent, candidate = card({"false_refusal": bits(40)}), card({"false_refusal": bits(10)})
     down = Target("false_refusal", direction="down", min_gain=0.1)

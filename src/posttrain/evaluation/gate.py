@@ -165,7 +165,7 @@ def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -
     guarded = [_guardrail(parent, candidate, guardrail, policy.confidence) for guardrail in policy.guardrails]
     proxy = [_proxy(parent, candidate, policy)] if policy.proxy else []
     compared = [check.passed for check, target in zip(targets, policy.targets, strict=True) if target.compared]
-    bounded = all(check.passed for check, target in zip(targets, policy.targets, strict=True) if not target.compared)
+    bounded = all(_within(candidate, target) for target in policy.targets)
     gained = bounded and (any(compared) if compared else True)
     breached = [check for check, _ in guarded if not check.passed]
     outcome = _outcome(gained, bool(breached), any(check.passed for check in proxy))
