@@ -149,6 +149,25 @@ def test_a_slice_is_compared_on_its_own_tasks() -> None:
     assert not even.passed
 
 
+def test_a_metric_that_applies_to_other_tasks_than_before_is_judged_on_those_too() -> None:
+    grounded, invented = [1.0] * 10, [1.0] * 10 + [0.0] * 30
+    parent = card({"tool_success": bits(20), "groundedness": grounded, "made_up": [0.0] * 10})
+    candidate = card({"tool_success": bits(45), "groundedness": invented, "made_up": [0.0] * 10 + [1.0] * 30})
+    verdict = decide(parent, candidate, GatePolicy((UP,), (Guardrail("groundedness", max_drop=0.05),)))
+    assert verdict.outcome is Outcome.REWARD_HACKING
+    assert verdict.checks[1].difference == pytest.approx(-0.75)
+    down = Guardrail("made_up", max_drop=0.05, direction="down")
+    assert decide(parent, candidate, GatePolicy((UP,), (down,))).outcome is Outcome.REWARD_HACKING
+
+
+def test_a_gain_on_the_shared_tasks_alone_is_no_gain() -> None:
+    parent = card({"groundedness": [0.0] * 20})
+    candidate = card({"groundedness": [1.0] * 20 + [0.0] * 80})
+    assert decide(parent, candidate, GatePolicy((Target("groundedness"),))).passed
+    worse = card({"groundedness": [1.0] * 20 + [0.0] * 180})
+    assert not decide(parent, worse, GatePolicy((Target("groundedness"),))).passed
+
+
 def test_scorecards_of_different_suites_are_compared_unpaired_and_say_so() -> None:
     parent, candidate = card({"tool_success": bits(20)}, suite="other"), card({"tool_success": bits(50)})
     verdict = decide(parent, candidate, GatePolicy((UP,)))

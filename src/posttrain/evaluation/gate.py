@@ -196,7 +196,7 @@ def _reason(check: Check, candidate: Scorecard) -> str:
 
 def _target(parent: Scorecard | None, candidate: Scorecard, target: Target, confidence: float) -> Check:
     sign = _sign(target.metric, target.direction)
-    difference = _difference(parent, candidate, target.metric, target.slice, confidence)
+    difference = _difference(parent, candidate, target.metric, target.slice, sign, confidence)
     passed = _within(candidate, target)
     wanted = _bounds(target.at_least, target.at_most)
     if target.compared:
@@ -209,7 +209,7 @@ def _target(parent: Scorecard | None, candidate: Scorecard, target: Target, conf
 def _guardrail(parent: Scorecard | None, candidate: Scorecard, guardrail: Guardrail, confidence: float) -> tuple[Check, bool]:
     """The check, and whether it fell beyond the margin but within chance."""
     sign = _sign(guardrail.metric, guardrail.direction)
-    difference = _difference(parent, candidate, guardrail.metric, guardrail.slice, confidence)
+    difference = _difference(parent, candidate, guardrail.metric, guardrail.slice, sign, confidence)
     passed = _within(candidate, guardrail)
     wanted, doubtful = _bounds(guardrail.at_least, guardrail.at_most), False
     if guardrail.max_drop is not None:
@@ -227,23 +227,31 @@ def _guardrail(parent: Scorecard | None, candidate: Scorecard, guardrail: Guardr
 
 def _proxy(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -> Check:
     assert policy.proxy is not None
-    difference = _difference(parent, candidate, policy.proxy, None, policy.confidence)
-    rose = difference is not None and _worst(difference, _sign(policy.proxy)) > 0
+    sign = _sign(policy.proxy)
+    difference = _difference(parent, candidate, policy.proxy, None, sign, policy.confidence)
+    rose = difference is not None and _worst(difference, sign) > 0
     return _check("proxy", parent, candidate, (policy.proxy, None), difference, ("what was trained on, watched", rose))
 
 
 def _difference(
-    parent: Scorecard | None, candidate: Scorecard, name: str, slice: str | None, confidence: float
+    parent: Scorecard | None, candidate: Scorecard, name: str, slice: str | None, sign: int, confidence: float
 ) -> tuple[float, float, float, int] | None:
-    """(difference, low, high, n), paired where both scorecards hold the same tasks; None without a parent's value."""
+    """(difference, low, high, n), paired where both scorecards hold the same tasks; None without a parent's value. Where the metric
+    applied to other tasks of the candidate than of the parent (figures in other answers), the shared tasks say nothing about the
+    rest: then each number is the worse of the paired and the unpaired one."""
     own, other = _found(candidate, name, slice), _found(parent, name, slice)
     if parent is None or own is None or other is None:
         return None
     after, before = candidate.values(name, slice), parent.values(name, slice)
     shared = sorted(after.keys() & before.keys()) if _same_tasks(parent, candidate) else []
-    if shared:
-        return *paired_difference([after[t] for t in shared], [before[t] for t in shared], confidence), len(shared)
-    return *unpaired_difference((own.low, own.high), (other.low, other.high), (own.value, other.value)), min(own.n, other.n)
+    paired = paired_difference([after[t] for t in shared], [before[t] for t in shared], confidence) if shared else None
+    if paired is not None and after.keys() == before.keys():
+        return *paired, len(shared)
+    unpaired = unpaired_difference((own.low, own.high), (other.low, other.high), (own.value, other.value))
+    if paired is None:
+        return *unpaired, min(own.n, other.n)
+    d, low, high = map(min if sign > 0 else max, paired, unpaired)
+    return d, low, high, len(shared)
 
 
 def _check(
