@@ -85,23 +85,28 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises RecipeError naming file, key, cause and remedy; all problems of a file are reported together.
     """
-    try:
-        value = yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
-    except OSError as error:
-        raise RecipeError(
-            f"the recipe cannot be read ({error.strerror})", where=str(path), remedy="give the path of a YAML file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"the recipe is not UTF-8 (byte {error.start})", where=str(path), remedy="save it as UTF-8 text"
-        ) from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the recipe is not YAML ({error})", where=str(path), remedy="check indentation and quotes") from error
+    value = read_yaml(path, "recipe")
     if not isinstance(value, dict):
         raise RecipeError("the recipe is not a mapping", where=str(path), remedy="start with `name:` and `base:`")
     for override in overrides:
         _override(value, override)
     return parse_recipe(value, str(path))
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """A file that a person wrote, read strictly (see the loader below). Raises RecipeError naming the file and `what` it should be."""
+    try:
+        return yaml.load(path.read_text("utf-8"), Loader=_StrictLoader)
+    except OSError as error:
+        raise RecipeError(
+            f"the {what} cannot be read ({error.strerror})", where=str(path), remedy="give the path of a YAML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(
+            f"the {what} is not UTF-8 (byte {error.start})", where=str(path), remedy="save it as UTF-8 text"
+        ) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the {what} is not YAML ({error})", where=str(path), remedy="check indentation and quotes") from error
 
 
 def parse_recipe(value: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from posttrain.errors import RecipeError
+from posttrain.errors import DataError, RecipeError
 from posttrain.evaluation import Metric, Outcome, Scorecard, Verdict
 from posttrain.pipeline.evaluating import decide_files
 
@@ -56,3 +56,25 @@ def test_a_policy_file_that_would_guard_nothing_is_refused(cards: tuple[Path, Pa
 
 def test_a_policy_file_may_name_a_metric_that_only_its_scorecards_know(cards: tuple[Path, Path]) -> None:
     assert decided(cards, TARGETS + "guardrails: [{metric: manners, max_drop: 0.03}]").outcome is Outcome.REAL_GAIN
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ("guardrails: [{metric: high_risk_refusal, max_drop: 0.03}]\nguardrails: []\n" + TARGETS, "'guardrails' occurs twice"),
+        ((TARGETS + "# caf\u00e9").encode("latin-1"), "not UTF-8"),
+        ("targets: [", "not YAML"),
+        ("- a", "dictionary"),
+        ("", "without targets"),
+    ],
+)
+def test_a_policy_file_is_read_as_strictly_as_a_recipe(cards: tuple[Path, Path], policy: str | bytes, said: str) -> None:
+    with pytest.raises(RecipeError, match=f"(?s)policy.yaml.*{said}"):
+        decided(cards, policy)
+
+
+def test_a_scorecard_file_that_is_none_is_refused_by_its_name(cards: tuple[Path, Path]) -> None:
+    for content in ('{"suite": "caf\u00e9"}'.encode("latin-1"), b"{", b"{}", b"[]"):
+        cards[1].write_bytes(content)
+        with pytest.raises(DataError, match=r"candidate\.json"):
+            decided(cards, TARGETS)

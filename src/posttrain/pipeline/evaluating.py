@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from posttrain.agents.world import load_world
 from posttrain.data.records import Task
@@ -21,7 +20,7 @@ from posttrain.pipeline.registry import open_registry
 from posttrain.pipeline.runtime import Runtime, prepare_process
 from posttrain.policy.base import EMBEDDED, resolve_base
 from posttrain.policy.device import find_device
-from posttrain.recipe import EvaluationRecipe, build
+from posttrain.recipe import EvaluationRecipe, build, read_yaml
 from posttrain.releases import Channels, Kind, Registry, Release
 from posttrain.releases.registry import unknown
 
@@ -129,25 +128,21 @@ def metric_lines(card: Scorecard) -> list[str]:
 
 
 def decide_files(parent: Path, candidate: Path, policy: Path) -> Verdict:
-    """The gate's verdict on two scorecard files."""
-    try:
-        value = yaml.safe_load(policy.read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise DataError(
-            f"the policy cannot be read ({error})", where=str(policy), remedy="give a YAML file with targets and guardrails"
-        ) from error
-    rules, cards = build(GatePolicy, value or {}, str(policy)), (_card(parent), _card(candidate))
+    """The gate's verdict on two scorecard files. Raises RecipeError for a policy, DataError for a scorecard, that is none."""
+    rules = build(GatePolicy, read_yaml(policy, "policy") or {}, str(policy))
+    cards = _card(parent), _card(candidate)
     check_policy(rules, str(policy), others=[name for card in cards for name in card.metrics])
     return decide(*cards, rules)
 
 
 def _card(path: Path) -> Scorecard:
     try:
-        return Scorecard.from_json(json.loads(path.read_text("utf-8")))
-    except (OSError, json.JSONDecodeError) as error:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(
             f"the scorecard cannot be read ({error})", where=str(path), remedy="write one with `posttrain evaluate ... --json`"
         ) from error
+    return Scorecard.from_json(value, str(path))
 
 
 def verdict_lines(verdict: Verdict) -> list[str]:
