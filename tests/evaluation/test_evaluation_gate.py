@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 
@@ -246,3 +247,37 @@ def test_a_guardrail_that_guards_nothing_is_refused_with_its_place(rail: Guardra
     scores = card({"tool_success": bits(50), "high_risk_refusal": bits(50)})
     with pytest.raises(RecipeError, match=r"guardrails\[1\]"):
         decide(scores, scores, GatePolicy((UP,), (SAFE, rail)))
+
+
+def test_one_or_two_real_values_are_no_gain_and_their_verdict_is_json() -> None:
+    for before, after in (([0.5], [0.6]), ([0.5, 0.25], [0.75, 0.5])):
+        parent, candidate = card({"verifier_score": before}), card({"verifier_score": after})
+        verdict = decide(parent, candidate, GatePolicy((Target("verifier_score"),)))
+        assert verdict.outcome is Outcome.IDLE_DRIFT
+        json.dumps(verdict.to_json(), allow_nan=False)
+
+
+def test_values_without_spread_on_other_tasks_than_before_are_told_as_too_few() -> None:
+    parent, candidate = card({"cost": [0.4] * 8}), card({"cost": [0.2] * 9})
+    verdict = decide(parent, candidate, GatePolicy((Target("cost", direction="down"),)))
+    assert "too few" in verdict.reasons[0]
+
+
+def test_a_metric_timed_once_is_no_gain() -> None:
+    once = {"latency_ratio": Metric(1.0, 1.0, 1.0, 1)}, {"latency_ratio": Metric(0.7, 0.7, 0.7, 1)}
+    parent, candidate = (Scorecard("s", "test", 1, 1, "c", metrics) for metrics in once)
+    verdict = decide(parent, candidate, GatePolicy((Target("latency_ratio"),)))
+    assert verdict.outcome is Outcome.IDLE_DRIFT
+    assert verdict.checks[0].low is None
+    assert "too few" in verdict.reasons[0]
+
+
+def test_the_confidence_of_a_policy_holds_for_unpaired_metrics_and_is_said() -> None:
+    timed = {"latency_s": Metric(1.0, 0.8, 1.2, 8)}, {"latency_s": Metric(0.8, 0.7, 0.9, 8)}
+    parent, candidate = (Scorecard("s", "test", 1, 8, "c", metrics) for metrics in timed)
+    assert not decide(parent, candidate, GatePolicy((Target("latency_s"),))).passed
+    assert decide(parent, candidate, GatePolicy((Target("latency_s"),), confidence=0.8)).passed
+    assert "99 % from" in decide(parent, candidate, GatePolicy((Target("latency_s"),), confidence=0.99)).reasons[0]
+    parent, candidate = card({"tool_success": bits(30)}, suite="other"), card({"tool_success": bits(40)})
+    assert not decide(parent, candidate, GatePolicy((Target("tool_success"),))).passed
+    assert decide(parent, candidate, GatePolicy((Target("tool_success"),), confidence=0.8)).passed

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posttrain.evaluation.statistics import mean_interval, paired_difference, unpaired_difference, wilson
+from posttrain.evaluation.statistics import at_confidence, interval, mean_interval, paired_difference, unpaired_difference, wilson
 
 BITS = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
 
@@ -74,6 +74,31 @@ def test_real_values_use_the_t_interval_of_the_differences() -> None:
     after, before = [0.5, 0.7, 0.9], [0.4, 0.5, 0.9]
     low, high = mean_interval(list(np.subtract(after, before)))
     assert paired_difference(after, before) == pytest.approx((0.1, low, high))
+
+
+def test_a_single_real_difference_proves_nothing() -> None:
+    assert paired_difference([0.6], [0.5]) == (pytest.approx(0.1), -math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("n", "beyond_chance"), [(2, False), (5, False), (6, True), (30, True)])
+def test_equal_differences_are_beyond_chance_where_their_signs_are(n: int, beyond_chance: bool) -> None:
+    before = [0.1 * (i % 5) for i in range(n)]
+    after = [value + 0.1 for value in before]  # equal up to rounding
+    d, low, high = paired_difference(after, before)
+    assert (low > 0) is beyond_chance
+    assert low < d <= high
+    assert paired_difference(before, after) == pytest.approx((-d, -high, -low))
+
+
+def test_values_without_any_spread_on_either_side_prove_nothing_unpaired() -> None:
+    assert unpaired_difference((0.6, 0.6), (0.5, 0.5), (0.6, 0.5)) == (pytest.approx(0.1), -math.inf, math.inf)
+    assert unpaired_difference((0.6, 0.6), (0.4, 0.5), (0.6, 0.45))[1] > 0
+
+
+def test_a_stored_interval_of_a_mean_is_exact_at_another_confidence() -> None:
+    values = [1.0, 2.0, 4.0, 4.5]
+    assert at_confidence(interval(values), 2.875, 4, 0.8) == pytest.approx(interval(values, 0.8))
+    assert at_confidence((1.0, 1.0), 1.0, 1, 0.8) == (-math.inf, math.inf)
 
 
 def test_ninety_five_percent_intervals_cover_about_ninety_five_percent() -> None:

@@ -19,12 +19,12 @@ bound on the candidate's own value, which then decides.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from posttrain.errors import DataError, RecipeError, nearest_of
 from posttrain.evaluation.scorecard import METRICS, SUITE_METRICS, Direction, Metric, Scorecard
-from posttrain.evaluation.statistics import paired_difference, unpaired_difference
+from posttrain.evaluation.statistics import Interval, at_confidence, interval, is_share, paired_difference, unpaired_difference
 from posttrain.evaluation.verdict import Check, Outcome, Verdict
 
 
@@ -173,9 +173,8 @@ def decide(parent: Scorecard | None, candidate: Scorecard, policy: GatePolicy) -
         f"{_place(check)} fell by {abs(check.difference or 0):.3f}, within chance" for check, doubtful in guarded if doubtful
     ]
     notes = {"inconclusive": unsure, "paired": parent is not None and _same_tasks(parent, candidate)}
-    return Verdict(
-        outcome, (*targets, *(check for check, _ in guarded), *proxy), _reasons(outcome, targets, breached, candidate), notes
-    )
+    reasons = _reasons(outcome, targets, breached, candidate, policy.confidence)
+    return Verdict(outcome, (*targets, *(check for check, _ in guarded), *proxy), reasons, notes)
 
 
 def _outcome(gained: bool, breached: bool, proxy_gained: bool) -> Outcome:
@@ -184,14 +183,16 @@ def _outcome(gained: bool, breached: bool, proxy_gained: bool) -> Outcome:
     return Outcome.REAL_GAIN if gained else Outcome.IDLE_DRIFT
 
 
-def _reasons(outcome: Outcome, targets: list[Check], breached: list[Check], candidate: Scorecard) -> tuple[str, ...]:
-    failed = [_reason(check, candidate) for check in targets if not check.passed]
-    fell = [_reason(check, candidate) for check in breached]
+def _reasons(
+    outcome: Outcome, targets: list[Check], breached: list[Check], candidate: Scorecard, confidence: float
+) -> tuple[str, ...]:
+    failed = [_reason(check, candidate, confidence) for check in targets if not check.passed]
+    fell = [_reason(check, candidate, confidence) for check in breached]
     return tuple(fell if outcome is Outcome.REAL_GAIN else [*fell, *failed])
 
 
-def _reason(check: Check, candidate: Scorecard) -> str:
-    return f"{check.role} {_place(check)}: {check.requirement}, got {_shown(check, candidate)}"
+def _reason(check: Check, candidate: Scorecard, confidence: float) -> str:
+    return f"{check.role} {_place(check)}: {check.requirement}, got {_shown(check, candidate, confidence)}"
 
 
 def _target(parent: Scorecard | None, candidate: Scorecard, target: Target, confidence: float) -> Check:
@@ -247,11 +248,20 @@ def _difference(
     paired = paired_difference([after[t] for t in shared], [before[t] for t in shared], confidence) if shared else None
     if paired is not None and after.keys() == before.keys():
         return *paired, len(shared)
-    unpaired = unpaired_difference((own.low, own.high), (other.low, other.high), (own.value, other.value))
+    own_interval, other_interval = _interval(own, after, confidence), _interval(other, before, confidence)
+    unpaired = unpaired_difference(own_interval, other_interval, (own.value, other.value))
     if paired is None:
         return *unpaired, min(own.n, other.n)
     d, low, high = map(min if sign > 0 else max, paired, unpaired)
     return d, low, high, len(shared)
+
+
+def _interval(metric: Metric, by_task: Mapping[str, float], confidence: float) -> Interval:
+    """The metric's interval at a confidence (a scorecard stores that of 95 %), from its values by task where it has them."""
+    values = list(by_task.values())
+    if values and (len(values) > 1 or is_share(values)):
+        return interval(values, confidence)
+    return at_confidence((metric.low, metric.high), metric.value, metric.n, confidence)
 
 
 def _check(
@@ -261,7 +271,12 @@ def _check(
     (name, slice), own, other = what, _found(candidate, *what), _found(parent, *what)
     before, after = (None if found is None else found.value for found in (other, own))
     d, low, high, n = difference if difference is not None else (None, None, None, 0 if own is None else own.n)
-    return Check(name, role, slice or "", before, after, d, low, high, n, *required)
+    return Check(name, role, slice or "", before, after, _finite(d), _finite(low), _finite(high), n, *required)
+
+
+def _finite(number: float | None) -> float | None:
+    """JSON knows no other."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _found(card: Scorecard | None, name: str, slice: str | None) -> Metric | None:
@@ -302,12 +317,15 @@ def _place(check: Check) -> str:
     return f"{check.metric} ({check.slice})" if check.slice else check.metric
 
 
-def _shown(check: Check, candidate: Scorecard) -> str:
+def _shown(check: Check, candidate: Scorecard, confidence: float) -> str:
     if check.candidate is None:
         return f"no value ({_why_missing(check, candidate)})"
     if check.difference is None:
         return f"{check.candidate:.3f} ({'the parent has no value' if check.parent is None else 'no difference'})"
-    return f"{check.candidate:.3f} ({check.difference:+.3f}, 95 % from {check.low:+.3f} to {check.high:+.3f}, n={check.n})"
+    if check.low is None or check.high is None:
+        return f"{check.candidate:.3f} ({check.difference:+.3f}, too few values to judge, n={check.n})"
+    found = f"{100 * confidence:g} % from {check.low:+.3f} to {check.high:+.3f}"
+    return f"{check.candidate:.3f} ({check.difference:+.3f}, {found}, n={check.n})"
 
 
 def _why_missing(check: Check, candidate: Scorecard) -> str:

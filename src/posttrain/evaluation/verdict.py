@@ -19,8 +19,8 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One comparison the gate made. `difference` is candidate minus parent (paired where the tasks match), with its 95 % interval.
-    A value that a side lacks is None, and so is a difference to it."""
+    """One comparison the gate made. `difference` is candidate minus parent (paired where the tasks match), with its interval at
+    the policy's confidence. A value that a side lacks is None, and so is a difference to it, and an interval of too few values."""
 
     metric: str
     role: str  # "target" | "guardrail" | "proxy"
