@@ -102,9 +102,10 @@ def _check_rules(policy: GatePolicy, where: str) -> None:
     for place, rule in _rules(policy, where):
         limits = {name: getattr(rule, name, None) for name in ("min_gain", "max_drop", "at_least", "at_most")}
         for name, limit in limits.items():
-            if limit is not None and not 0 <= limit < math.inf:
+            difference = name in ("min_gain", "max_drop")
+            if limit is not None and (not math.isfinite(limit) or (difference and limit < 0)):
                 raise RecipeError(
-                    "a limit is a number from 0 up",
+                    "a limit is a number, that of a difference from 0 up",
                     where=f"{place}.{name}",
                     value=limit,
                     remedy="`direction` says which way is worse",
