@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Any
 
+import jsonschema_rs
 import pytest
 
 from posttrain.data.records import Message, ToolSpec
@@ -73,8 +76,10 @@ def test_what_cannot_be_grounded_is_left_out() -> None:
     }
     assert bound(schema, ["nothing"]) is None
     found = bound(schema, ["PAY-1001"])
-    assert found is not None and set(found["properties"]) == {"ref", "figures"}
-    assert found["properties"]["figures"] == {"type": "array", "maxItems": 0}
+    assert found is not None
+    assert jsonschema_rs.is_valid(found, {"ref": "PAY-1001", "figures": []})
+    assert not jsonschema_rs.is_valid(found, {"ref": "PAY-1001", "figures": ["20.00"]})
+    assert not jsonschema_rs.is_valid(found, {"ref": "PAY-1001", "amount": "20.00"})  # nor as an additional property
     assert bound({"type": "array", "items": AMOUNT, "minItems": 1}, ["nothing"]) is None
 
 
@@ -98,3 +103,137 @@ def test_an_answer_that_needs_a_value_nobody_gave_is_an_error() -> None:
     with pytest.raises(GrammarError, match="conversation holds none"):
         json_grammar({"type": "object", "properties": {"ref": REF}, "required": ["ref"]}, ["hello"])
     assert json_grammar({"type": "object"}, ["hello"]) == json_grammar({"type": "object"})
+
+
+# -- schemas as Pydantic and others write them ---------------------------------------------------------------------------
+
+PAYMENT = {"type": "object", "properties": {"ref": REF}, "required": ["ref"]}
+POINTER = {"$ref": "#/$defs/Payment"}
+NULL = {"type": "null"}
+INNER = {"type": "object", "properties": {"payment": POINTER}, "required": ["payment"]}
+
+
+def obj(required: bool = True, **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties) if required else []}
+
+
+def invent(value: Any) -> Any:
+    """The same value with another reference."""
+    return json.loads(json.dumps(value).replace("PAY-1001", "PAY-9999"))
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        (obj(payment=POINTER), {"payment": {"ref": "PAY-1001"}}),
+        (obj(payments={"type": "array", "items": POINTER, "minItems": 1}), {"payments": [{"ref": "PAY-1001"}]}),
+        (obj(payment={"allOf": [POINTER]}), {"payment": {"ref": "PAY-1001"}}),
+        (obj(ref={"oneOf": [REF, PAYMENT]}), {"ref": "PAY-1001"}),
+        (obj(pair={"type": "array", "prefixItems": [REF, {"type": "integer"}]}), {"pair": ["PAY-1001", 1]}),
+        (POINTER, {"ref": "PAY-1001"}),
+        (obj(inner={"$ref": "#/$defs/Inner"}), {"inner": {"payment": {"ref": "PAY-1001"}}}),
+        (obj(tree={"$ref": "#/$defs/Tree"}), {"tree": {"below": [{"below": {"ref": "PAY-1001"}}]}}),
+    ],
+)
+def test_a_grounded_string_is_closed_wherever_it_stands(schema: dict[str, Any], value: Any) -> None:
+    tree = obj(below={"anyOf": [{"type": "array", "items": {"$ref": "#/$defs/Tree"}, "minItems": 1}, POINTER]})
+    schema = {**schema, "$defs": {"Inner": INNER, "Tree": tree, "Payment": PAYMENT}}
+    found = bound(schema, ["pay PAY-1001"])
+    assert found is not None
+    assert jsonschema_rs.is_valid(found, value) and not jsonschema_rs.is_valid(found, invent(value))
+    assert bound(schema, ["nothing"]) is None
+    json_grammar(schema, ["pay PAY-1001"])
+
+
+@pytest.mark.parametrize(
+    ("inner", "value", "without"),
+    [
+        ({"anyOf": [POINTER, NULL]}, {"a": {"ref": "PAY-1001"}}, {"a": None}),
+        ({"anyOf": [REF, NULL]}, {"a": "PAY-1001"}, {"a": None}),
+        ({"type": "object", "additionalProperties": REF}, {"a": {"x": "PAY-1001"}}, {"a": {}}),
+        ({"type": "object", "patternProperties": {"^x": REF}}, {"a": {"x": "PAY-1001"}}, {"a": {}}),
+        (obj(False, payment=POINTER), {"a": {"payment": {"ref": "PAY-1001"}}}, {"a": {}}),
+        ({"$ref": "#/properties/b"}, {"a": {"ref": "PAY-1001"}, "b": {"ref": "PAY-1001"}}, None),
+        ({"$ref": "#/definitions/a~1b%20c"}, {"a": "PAY-1001"}, None),
+    ],
+)
+def test_a_part_without_evidence_is_not_written(inner: dict[str, Any], value: Any, without: Any) -> None:
+    schema = {**obj(a=inner), "$defs": {"Payment": PAYMENT}, "definitions": {"a/b c": REF}}
+    schema["properties"]["b"] = POINTER
+    found, empty = bound(schema, ["pay PAY-1001"]), bound(schema, ["nothing"])
+    assert jsonschema_rs.is_valid(found, value) and not jsonschema_rs.is_valid(found, invent(value))
+    if empty is not None:
+        assert not jsonschema_rs.is_valid(empty, value)
+        assert without is None or jsonschema_rs.is_valid(empty, without)
+    if without is not None:
+        json_grammar(schema, ["nothing"])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"not": REF},
+        {"if": REF, "then": {}},
+        {"contains": REF},
+        {"propertyNames": REF},
+        {"dependentSchemas": {"a": PAYMENT}},
+        {"items": [REF]},
+        {"x-parts": {"ref": REF}},
+    ],
+)
+def test_a_grounded_string_where_it_cannot_be_enforced_is_an_error_that_names_the_place(part: dict[str, Any]) -> None:
+    keyword = list(part)[-1] if "then" not in part else "if"
+    draft = {"$schema": "http://json-schema.org/draft-07/schema#"}  # items may be a list there
+    tools = (ToolSpec("pay", "", {**obj(a=part), **draft}),)
+    with pytest.raises(GrammarError, match=f"tool pay#/properties/a/{keyword}.*cannot be enforced"):
+        turn_grammar(tools, None, evidence=["PAY-1001"])
+
+
+def test_definitions_that_lead_too_far_into_each_other_are_an_error() -> None:
+    chain = {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(100)}
+    with pytest.raises(GrammarError, match="too far"):
+        bound({"$ref": "#/$defs/d0", "$defs": {**chain, "d100": REF}}, ["PAY-1001"])
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = REF
+    for _ in range(depth):
+        schema = obj(a=schema)
+    return schema
+
+
+MALFORMED = [
+    {"required": 5},
+    {"properties": [REF]},
+    {"enum": 5},
+    {"items": 3},
+    {"anyOf": REF},
+    {"properties": {"a": 3}},
+    {"$ref": ["x"]},
+    {"$defs": 5},
+    {"minItems": "many"},
+    {"maxLength": "long"},
+    {"pattern": 5},
+    {"pattern": "("},
+    {"const": float("nan")},
+    nested(2000),
+]
+
+
+@pytest.mark.parametrize("part", MALFORMED, ids=lambda part: next(iter(part)))
+@pytest.mark.parametrize("grounded", [False, True])
+def test_a_malformed_schema_is_refused_as_such(part: dict[str, Any], grounded: bool) -> None:
+    schema = obj(a={"type": "string", **part, **({"x-grounded": True} if grounded else {})}, ref=REF)
+    with pytest.raises(GrammarError, match="is not a JSON Schema"):
+        turn_grammar((ToolSpec("pay", "", schema),), None, evidence=["PAY-1001"])
+    with pytest.raises(GrammarError, match="is not a JSON Schema"):
+        turn_grammar((), schema, evidence=["PAY-1001"])
+    with pytest.raises(GrammarError, match="is not a JSON Schema"):
+        json_grammar(schema, ["PAY-1001"])
+
+
+@pytest.mark.parametrize("part", MALFORMED[:-1], ids=lambda part: next(iter(part)))
+def test_what_an_older_draft_leaves_unchecked_raises_nothing_else(part: dict[str, Any]) -> None:
+    draft = {"$schema": "http://json-schema.org/draft-04/schema#"}
+    with contextlib.suppress(GrammarError):
+        json_grammar({**draft, **obj(ref=REF), "$defs": {"a": part}}, ["PAY-1001"])

@@ -13,13 +13,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 from posttrain.data.records import Message, ToolSpec
+from posttrain.errors import GrammarError
 
 KEYWORD = "x-grounded"
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name,
+_LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")  # in a list,
+_SINGLE = ("items", "additionalProperties")  # or one
+_ROUNDS = 32  # of finding out which definitions can be satisfied
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _WHOLE = re.compile(r"(?<![\w.,-])\d+(?![\w,-]|\.\d)", re.ASCII)  # 5,000 is also an amount of 5000.00
 _MOST = 512  # values of one property: the last ones seen win
@@ -33,33 +39,110 @@ def shown(messages: Iterable[Message]) -> list[str]:
 
 
 def bound_tools(tools: Iterable[ToolSpec], evidence: Sequence[str]) -> tuple[ToolSpec, ...]:
-    """The tools that can be called on this evidence, with their grounded arguments closed to what it holds."""
-    found = ((tool, bound(tool.parameters, evidence)) for tool in tools)
+    """The tools that can be called on this evidence, with their grounded arguments closed to what it holds. Raises like `bound`."""
+    found = ((tool, bound(tool.parameters, evidence, f"tool {tool.name}")) for tool in tools)
     return tuple(replace(tool, parameters=parameters) for tool, parameters in found if parameters is not None)
 
 
-def bound(schema: Mapping[str, Any], evidence: Sequence[str]) -> dict[str, Any] | None:
+def bound(schema: Mapping[str, Any], evidence: Sequence[str], where: str = "schema") -> dict[str, Any] | None:
     """The schema with every grounded string closed to values of the evidence; None when nothing could satisfy it.
 
-    Grounded strings are looked for in properties and items, at any depth.
+    What cannot be written is `false` in its place: left out, it would count as an additional property, which may be anything.
+    Raises GrammarError for a grounded string beneath a keyword that is not followed, as `not` or `if`.
     """
-    if schema.get(KEYWORD):
+    if not _occurs(KEYWORD, schema):
+        return dict(schema)
+    try:
+        impossible = _impossible(schema, evidence, where) if _occurs("$ref", schema) else ()
+        found = _bind(schema, evidence, impossible, f"{where}#")
+    except RecursionError as error:
+        raise GrammarError("is nested too deeply", where=where, remedy="flatten the schema") from error
+    return None if found is False else found
+
+
+def _impossible(schema: Mapping[str, Any], evidence: Sequence[str], where: str) -> Collection[str]:
+    """The references that nothing could satisfy: what is left when every round lets those pass that need no other one any more."""
+    pending: dict[str, Any] = {
+        f"#/{key}/{name.replace('~', '~0').replace('/', '~1')}": definition
+        for key in ("$defs", "definitions")
+        if isinstance(schema.get(key), Mapping)
+        for name, definition in schema[key].items()
+    }
+    pending["#"] = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+    for _ in range(_ROUNDS):
+        before = len(pending)
+        for reference in list(pending):
+            if _bind(pending[reference], evidence, pending, f"{where}{reference}") is not False:
+                del pending[reference]
+        if len(pending) == before:
+            return pending
+    raise GrammarError("its definitions lead too far into each other", where=where, remedy="nest fewer definitions")
+
+
+def _bind(schema: Any, evidence: Sequence[str], impossible: Collection[str], place: str) -> Any:
+    """The bound schema, False when nothing could satisfy it. `impossible`: references that nothing satisfies."""
+    if not isinstance(schema, Mapping):
+        return schema
+    if schema.get(KEYWORD, False) is not False:
         values = _values(schema, evidence)
-        return {"type": "string", "enum": values} if values else None
-    result = dict(schema)
-    properties = schema.get("properties")
+        return {"type": "string", "enum": values} if values else False
+    result: dict[str, Any] = {}
+    for key, value in schema.items():
+        at = f"{place}/{key}"
+        if key in _NAMED and isinstance(value, Mapping):
+            result[key] = {name: _bind(inner, evidence, impossible, f"{at}/{name}") for name, inner in value.items()}
+        elif key in _LISTED and isinstance(value, list):
+            result[key] = [_bind(inner, evidence, impossible, f"{at}/{index}") for index, inner in enumerate(value)]
+        elif key in _SINGLE and isinstance(value, Mapping):
+            result[key] = _bind(value, evidence, impossible, at)
+        elif _occurs(KEYWORD, value):
+            remedy = f"keep {KEYWORD} beneath {', '.join((*_NAMED, *_LISTED, *_SINGLE))}"
+            raise GrammarError(f"{KEYWORD} cannot be enforced beneath {key}", where=at, remedy=remedy)
+        else:
+            result[key] = value
+    return result if _possible(result, impossible) else False
+
+
+def _possible(schema: Mapping[str, Any], impossible: Collection[str]) -> bool:
+    """Whether a bound schema refers to something possible, has every part that a value needs, and a choice where it offers any."""
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and unquote(reference) in impossible:
+        return False
+    choices = [options for key in ("anyOf", "oneOf") if (options := _list(schema, key))]
+    return all(part is not False for part in _needed(schema)) and all(
+        any(option is not False for option in options) for options in choices
+    )
+
+
+def _needed(schema: Mapping[str, Any]) -> Iterator[Any]:
+    """The parts without which no value satisfies the schema."""
+    first, fewest, properties = _list(schema, "prefixItems"), schema.get("minItems"), schema.get("properties")
+    yield from _list(schema, "allOf")
+    yield from first
+    if isinstance(fewest, int | float) and fewest > len(first):
+        yield schema.get("items")
     if isinstance(properties, Mapping):
-        found = {key: bound(value, evidence) if isinstance(value, Mapping) else value for key, value in properties.items()}
-        if any(found.get(key, ()) is None for key in schema.get("required", ())):
-            return None
-        result["properties"] = {key: value for key, value in found.items() if value is not None}
-    if isinstance(items := schema.get("items"), Mapping):
-        result["items"] = bound(items, evidence)
-        if result["items"] is None:
-            if schema.get("minItems", 0) > 0:
-                return None
-            result = {**{key: value for key, value in result.items() if key != "items"}, "maxItems": 0}
-    return result
+        yield from (properties[name] for name in _list(schema, "required") if isinstance(name, str) and name in properties)
+
+
+def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
+    """The keyword's list; empty where it is malformed, which compiling says."""
+    value = schema.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _occurs(key: str, value: Any) -> bool:
+    """Whether a mapping anywhere within holds this key."""
+    rest = [value]
+    while rest:
+        inner = rest.pop()
+        if isinstance(inner, Mapping):
+            if key in inner:
+                return True
+            rest += inner.values()
+        elif isinstance(inner, list | tuple):
+            rest += inner
+    return False
 
 
 def _values(schema: Mapping[str, Any], evidence: Sequence[str]) -> list[str]:

@@ -32,18 +32,19 @@ def json_grammar(schema: Mapping[str, Any], evidence: Sequence[str] | None = Non
     Raises GrammarError that names a keyword which cannot be enforced while decoding.
     """
     if evidence is not None:
-        schema = _bound(schema, evidence) or schema
+        schema = _bound(schema, evidence, "schema")
     grammar = Grammar(f"{_HEAD}\nstart: %json {_schema_text(schema, 'schema')}\n")
     grammar.check("schema")
     return grammar
 
 
-def _bound(schema: Mapping[str, Any] | None, evidence: Sequence[str]) -> Mapping[str, Any] | None:
-    found = None if schema is None else bound(schema, evidence)
-    if schema is not None and found is None:
+def _bound(schema: Mapping[str, Any], evidence: Sequence[str], where: str) -> Mapping[str, Any]:
+    _check(schema, where)
+    found = bound(schema, evidence, where)
+    if found is None:
         raise GrammarError(
             "the answer must hold a value from the conversation, and the conversation holds none",
-            where="answer schema",
+            where=where,
             remedy=f"give the value, or make the property with {KEYWORD} optional",
         )
     return found
@@ -63,7 +64,10 @@ def turn_grammar(
     Raises GrammarError for two tools of one name, and for a schema that cannot be enforced, naming the tool and the keyword.
     """
     if evidence is not None:
-        tools, answer_schema = bound_tools(tools, evidence), _bound(answer_schema, evidence)
+        for tool in tools:
+            _check(tool.parameters, f"tool {tool.name}")
+        tools = bound_tools(tools, evidence)
+        answer_schema = None if answer_schema is None else _bound(answer_schema, evidence, "answer schema")
     if max_calls < 1:
         raise GrammarError("a turn needs room for a call", where="max_calls", value=max_calls, remedy="allow at least one")
     names = [tool.name for tool in tools]
@@ -111,10 +115,16 @@ def _arguments_text(tool: ToolSpec) -> str:
 
 def _schema_text(schema: Mapping[str, Any], where: str) -> str:
     """The schema as one line, with our own separators: options hidden in a schema could switch the enforcement off."""
+    _check(schema, where)
+    return json.dumps({**schema, "x-guidance": _OPTIONS})
+
+
+def _check(schema: Mapping[str, Any], where: str) -> None:
+    """Raise GrammarError for what is no JSON Schema."""
     try:
         jsonschema_rs.validator_for(dict(schema), offline=True)
-        return json.dumps({**schema, "x-guidance": _OPTIONS}, allow_nan=False)
-    except (ValueError, TypeError) as error:
+        json.dumps(schema, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise GrammarError(f"is not a JSON Schema: {reason}", where=where, remedy="correct the schema") from error
 
