@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import threading
+import time
+from collections.abc import Mapping
 from typing import Any
 
 import jsonschema_rs
 import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from posttrain.data.records import Message, ToolSpec
 from posttrain.errors import GrammarError
 from posttrain.grammar import json_grammar, shown, turn_grammar
-from posttrain.grammar.evidence import bound, bound_tools
+from posttrain.grammar.evidence import Evidence, bound, bound_tools, whole_words
+from posttrain.worlds.finance_ops.answers import SCHEMA
+from posttrain.worlds.finance_ops.toolspecs import TOOLS
 
 REF = {"type": "string", "pattern": "^[A-Z]{2,4}-[0-9]{3,6}$", "x-grounded": True}
 AMOUNT = {"type": "string", "pattern": r"^-?[0-9]{1,10}\.[0-9]{2}$", "x-grounded": True}
@@ -237,3 +246,77 @@ def test_what_an_older_draft_leaves_unchecked_raises_nothing_else(part: dict[str
     draft = {"$schema": "http://json-schema.org/draft-04/schema#"}
     with contextlib.suppress(GrammarError):
         json_grammar({**draft, **obj(ref=REF), "$defs": {"a": part}}, ["PAY-1001"])
+
+
+# -- patterns come from clients ------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_that_never_ends_is_refused_within_the_budget_of_its_request() -> None:
+    slow = {f"a{n}": {"type": "string", "pattern": f"^b{{0,{n}}}(a|a)+$", "x-grounded": True} for n in range(8)}
+    start = time.process_time()
+    with pytest.raises(GrammarError, match=r"a0.*takes too long.*\(a\|a\).*nested repetitions"):
+        bound(obj(False, **slow), Evidence(["a" * 60 + "_"], seconds=0.05))
+    seen = Evidence(["a" * 60 + "_"], seconds=0.05)
+    for name, schema in slow.items():  # what one has spent, the next cannot spend again
+        with pytest.raises(GrammarError, match="takes too long"):
+            bound(obj(**{name: schema}), seen)
+    assert time.process_time() - start < 0.5
+
+
+def test_other_threads_run_while_a_pattern_is_searched_for() -> None:
+    beats, done = [0.0], threading.Event()
+
+    def beat() -> None:
+        while not done.wait(0.002):
+            beats.append(time.perf_counter())
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    with pytest.raises(GrammarError, match="takes too long"):
+        bound({"type": "string", "pattern": "^(a|a)+$", "x-grounded": True}, Evidence(["a" * 60 + "_"], seconds=0.2))
+    done.set()
+    thread.join()
+    assert len(beats) > 10
+
+
+@pytest.mark.parametrize("pattern", ["(?P<x>a)(?P=y)", "a\\$", "(", "x" * 3000])
+def test_a_pattern_that_cannot_be_searched_for_is_an_error_that_names_it(pattern: str) -> None:
+    with pytest.raises(GrammarError, match=r"schema#/properties/a: .*cannot be searched for.*got '.*correct the pattern"):
+        bound(obj(a={"type": "string", "pattern": pattern, "x-grounded": True}), ["a"])
+
+
+def patterns(value: Any) -> set[str]:
+    if isinstance(value, Mapping):
+        own = {value["pattern"]} if isinstance(value.get("pattern"), str) else set()
+        return own.union(*(patterns(inner) for inner in value.values()))
+    return set().union(*(patterns(inner) for inner in value)) if isinstance(value, list) else set()
+
+
+OURS = sorted(patterns(SCHEMA).union(*(patterns(tool.parameters) for tool in TOOLS)))
+WORDS = [
+    "PAY-1001",
+    "JE-60",
+    "DRAFT-123456",
+    "-20.00",
+    "1,250.40",
+    "5,000",
+    "none",
+    "2029-10",
+    "20.00.1",
+    "APT-1234B",
+    "支付12.50元",
+]
+
+
+@settings(max_examples=40)
+@given(st.lists(st.sampled_from(WORDS) | st.text("A-1.,0 \n٣é", max_size=6), max_size=12).map("".join) | st.just(" ".join(WORDS)))
+def test_the_worlds_patterns_find_what_the_standard_library_finds(text: str) -> None:
+    assert len(OURS) >= 8
+    for pattern in OURS:
+        whole = whole_words(pattern)
+        assert [m.group() for m in regex.finditer(whole, text)] == [m.group() for m in re.finditer(whole, text)]
+
+
+def test_a_value_deep_in_a_result_is_found() -> None:
+    name = {"type": "string", "x-grounded": True}
+    assert values(name, '{"a":["x",{"b":"y"}],"c":"z"}') == ["x", "y", "z"]

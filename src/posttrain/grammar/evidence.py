@@ -13,10 +13,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
+
+import regex
 
 from posttrain.data.records import Message, ToolSpec
 from posttrain.errors import GrammarError
@@ -30,6 +35,8 @@ _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _WHOLE = re.compile(r"(?<![\w.,-])\d+(?![\w,-]|\.\d)", re.ASCII)  # 5,000 is also an amount of 5000.00
 _MOST = 512  # values of one property: the last ones seen win
 _WORDS = 8  # of one run
+_SECONDS = 0.5  # for all patterns of a request; ours need milliseconds. `regex` counts the whole process's processor time
+_LONGEST = 2000  # characters of a pattern: compiling cannot be interrupted
 _EDGES = " .,;:!?()[]{}<>\"'“”‘’、。，；：？！"
 
 
@@ -38,29 +45,32 @@ def shown(messages: Iterable[Message]) -> list[str]:
     return [message.content for message in messages if message.role != "assistant"]
 
 
-def bound_tools(tools: Iterable[ToolSpec], evidence: Sequence[str]) -> tuple[ToolSpec, ...]:
+def bound_tools(tools: Iterable[ToolSpec], evidence: Evidence | Sequence[str]) -> tuple[ToolSpec, ...]:
     """The tools that can be called on this evidence, with their grounded arguments closed to what it holds. Raises like `bound`."""
-    found = ((tool, bound(tool.parameters, evidence, f"tool {tool.name}")) for tool in tools)
+    seen = evidence if isinstance(evidence, Evidence) else Evidence(evidence)
+    found = ((tool, bound(tool.parameters, seen, f"tool {tool.name}")) for tool in tools)
     return tuple(replace(tool, parameters=parameters) for tool, parameters in found if parameters is not None)
 
 
-def bound(schema: Mapping[str, Any], evidence: Sequence[str], where: str = "schema") -> dict[str, Any] | None:
+def bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: str = "schema") -> dict[str, Any] | None:
     """The schema with every grounded string closed to values of the evidence; None when nothing could satisfy it.
 
     What cannot be written is `false` in its place: left out, it would count as an additional property, which may be anything.
-    Raises GrammarError for a grounded string beneath a keyword that is not followed, as `not` or `if`.
+    Raises GrammarError for a grounded string beneath a keyword that is not followed, as `not` or `if`, and for its pattern when that
+    does not compile or takes too long to search for.
     """
     if not _occurs(KEYWORD, schema):
         return dict(schema)
+    seen = evidence if isinstance(evidence, Evidence) else Evidence(evidence)
     try:
-        impossible = _impossible(schema, evidence, where) if _occurs("$ref", schema) else ()
-        found = _bind(schema, evidence, impossible, f"{where}#")
+        impossible = _impossible(schema, seen, where) if _occurs("$ref", schema) else ()
+        found = _bind(schema, seen, impossible, f"{where}#")
     except RecursionError as error:
         raise GrammarError("is nested too deeply", where=where, remedy="flatten the schema") from error
     return None if found is False else found
 
 
-def _impossible(schema: Mapping[str, Any], evidence: Sequence[str], where: str) -> Collection[str]:
+def _impossible(schema: Mapping[str, Any], evidence: Evidence, where: str) -> Collection[str]:
     """The references that nothing could satisfy: what is left when every round lets those pass that need no other one any more."""
     pending: dict[str, Any] = {
         f"#/{key}/{name.replace('~', '~0').replace('/', '~1')}": definition
@@ -79,12 +89,12 @@ def _impossible(schema: Mapping[str, Any], evidence: Sequence[str], where: str) 
     raise GrammarError("its definitions lead too far into each other", where=where, remedy="nest fewer definitions")
 
 
-def _bind(schema: Any, evidence: Sequence[str], impossible: Collection[str], place: str) -> Any:
+def _bind(schema: Any, evidence: Evidence, impossible: Collection[str], place: str) -> Any:
     """The bound schema, False when nothing could satisfy it. `impossible`: references that nothing satisfies."""
     if not isinstance(schema, Mapping):
         return schema
     if schema.get(KEYWORD, False) is not False:
-        values = _values(schema, evidence)
+        values = evidence.values(schema, place)
         return {"type": "string", "enum": values} if values else False
     result: dict[str, Any] = {}
     for key, value in schema.items():
@@ -145,41 +155,74 @@ def _occurs(key: str, value: Any) -> bool:
     return False
 
 
-def _values(schema: Mapping[str, Any], evidence: Sequence[str]) -> list[str]:
-    """What the evidence offers, in the order in which it was last seen, and the values that need none."""
-    seen = _words(str(schema["pattern"]), evidence) if "pattern" in schema else _runs(evidence, schema.get("maxLength"))
-    free = schema[KEYWORD]
-    last = list(dict.fromkeys(reversed(seen)))[_MOST - 1 :: -1] if seen else []
-    return [*last, *(value for value in (free if isinstance(free, list) else ()) if value not in seen)]
-
-
-def _words(form: str, evidence: Sequence[str]) -> list[str]:
+def whole_words(form: str) -> str:
+    """The pattern that finds a form's words in a text: PAY-12 is not in PAY-123, 6026 not in JE-6026, 2029 not in 2029-10, 20.00 not
+    in 120.00; a Chinese character ends a word."""
     inner = form.removeprefix("^").removesuffix("$")
-    # whole words only: PAY-12 is not in PAY-123, 6026 not in JE-6026, 2029 not in 2029-10, 20.00 not in 120.00; a Chinese character
-    # ends a word
-    pattern = re.compile(rf"(?<![A-Za-z0-9_.])(?<![A-Za-z0-9]-)(?<!\d,)(?:{inner})(?![A-Za-z0-9_])(?![.-]\d)")
-    texts = [text if _json(text) is not None else _SEPARATOR.sub("", text) for text in evidence]  # in JSON a comma parts values
-    return _matches(pattern, texts) or _matches(pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts])
+    return rf"(?<![A-Za-z0-9_.])(?<![A-Za-z0-9]-)(?<!\d,)(?:{inner})(?![A-Za-z0-9_])(?![.-]\d)"
 
 
-def _matches(pattern: re.Pattern[str], texts: Iterable[str]) -> list[str]:
-    return [match.group() for text in texts for match in pattern.finditer(text)]
+class Evidence:
+    """What a conversation offers to grounded strings: each form is looked for once, and all patterns within one time budget."""
 
+    def __init__(self, texts: Iterable[str], seconds: float = _SECONDS) -> None:
+        self._all, self._left = tuple(texts), seconds
+        self._found: dict[str | float | None, list[str]] = {}
 
-def _runs(evidence: Sequence[str], longest: int | None) -> list[str]:
-    found = []
-    for text in evidence:
-        value = _json(text)
-        if value is not None:
-            found += list(_leaves(value))
-            continue
-        words = text.split()
-        for start in range(len(words)):
-            runs = (
-                " ".join(words[start : start + count]).strip(_EDGES) for count in range(1, min(_WORDS, len(words) - start) + 1)
-            )
-            found += runs
-    return [run for run in found if run and (longest is None or len(run) <= longest)]
+    def values(self, schema: Mapping[str, Any], place: str) -> list[str]:
+        """The values of a grounded string, the last seen first, and those that need no evidence. Raises GrammarError for a pattern
+        that does not compile, or takes too long."""
+        free, longest = schema[KEYWORD], schema.get("maxLength")
+        form = str(schema["pattern"]) if "pattern" in schema else longest if isinstance(longest, int | float) else None
+        if form not in self._found:
+            seen = self._words(form, place) if isinstance(form, str) else self._runs(form)
+            self._found[form] = list(dict.fromkeys(reversed(seen)))[_MOST - 1 :: -1] if seen else []
+        last = self._found[form]
+        return [*last, *(value for value in (free if isinstance(free, list) else ()) if value not in last)]
+
+    @cached_property
+    def _texts(self) -> list[tuple[str, Any]]:
+        return [(text, _json(text)) for text in self._all]
+
+    def _words(self, form: str, place: str) -> list[str]:
+        # in JSON a comma parts values
+        texts = [text if value is not None else _SEPARATOR.sub("", text) for text, value in self._texts]
+        try:
+            if len(form) > _LONGEST:
+                raise regex.error(f"it is longer than {_LONGEST} characters")
+            with self._spending():
+                pattern = regex.compile(whole_words(form))
+            return self._matches(pattern, texts) or self._matches(pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts])
+        except regex.error as error:
+            what, remedy = f"its pattern cannot be searched for ({error})", "correct the pattern"
+        except TimeoutError:
+            what, remedy = "searching the conversation for its pattern takes too long", "write it without nested repetitions"
+        raise GrammarError(what, where=place, value=form, remedy=remedy)
+
+    def _matches(self, pattern: regex.Pattern[str], texts: Iterable[str]) -> list[str]:
+        """The pattern may be a client's, so it is timed, and other threads run meanwhile."""
+        found: list[str] = []
+        for text in texts:
+            with self._spending():
+                found += (match.group() for match in pattern.finditer(text, concurrent=True, timeout=self._left))
+        return found
+
+    @contextmanager
+    def _spending(self) -> Iterator[None]:
+        """Take the time of what is done within from the budget. Raises TimeoutError when it is spent."""
+        if self._left <= 0:
+            raise TimeoutError
+        start = time.thread_time()
+        try:
+            yield
+        finally:
+            self._left -= time.thread_time() - start
+
+    def _runs(self, longest: float | None) -> list[str]:
+        found: list[str] = []
+        for text, value in self._texts:
+            found += _leaves(value) if value is not None else _phrases(text)
+        return [run for run in found if run and (longest is None or len(run) <= longest)]
 
 
 def _json(text: str) -> Any:
@@ -192,8 +235,19 @@ def _json(text: str) -> Any:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
-    elif isinstance(value, str):
-        yield value
+    """The texts in a JSON value, in their order."""
+    rest = [value]
+    while rest:
+        inner = rest.pop()
+        if isinstance(inner, dict | list):
+            rest += reversed(inner.values() if isinstance(inner, dict) else inner)
+        elif isinstance(inner, str):
+            yield inner
+
+
+def _phrases(text: str) -> Iterator[str]:
+    """Runs of words, without the marks around them."""
+    words = text.split()
+    for start in range(len(words)):
+        for count in range(1, min(_WORDS, len(words) - start) + 1):
+            yield " ".join(words[start : start + count]).strip(_EDGES)

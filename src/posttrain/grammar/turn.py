@@ -14,7 +14,7 @@ import jsonschema_rs
 
 from posttrain.data.records import ToolSpec
 from posttrain.errors import GrammarError
-from posttrain.grammar.evidence import KEYWORD, bound, bound_tools
+from posttrain.grammar.evidence import KEYWORD, Evidence, bound, bound_tools
 from posttrain.grammar.matcher import Grammar
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"  # as the contract writes them; a test holds the two together
@@ -38,7 +38,7 @@ def json_grammar(schema: Mapping[str, Any], evidence: Sequence[str] | None = Non
     return grammar
 
 
-def _bound(schema: Mapping[str, Any], evidence: Sequence[str], where: str) -> Mapping[str, Any]:
+def _bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: str) -> Mapping[str, Any]:
     _check(schema, where)
     found = bound(schema, evidence, where)
     if found is None:
@@ -66,8 +66,9 @@ def turn_grammar(
     if evidence is not None:
         for tool in tools:
             _check(tool.parameters, f"tool {tool.name}")
-        tools = bound_tools(tools, evidence)
-        answer_schema = None if answer_schema is None else _bound(answer_schema, evidence, "answer schema")
+        seen = Evidence(evidence)
+        tools = bound_tools(tools, seen)
+        answer_schema = None if answer_schema is None else _bound(answer_schema, seen, "answer schema")
     if max_calls < 1:
         raise GrammarError("a turn needs room for a call", where="max_calls", value=max_calls, remedy="allow at least one")
     names = [tool.name for tool in tools]
