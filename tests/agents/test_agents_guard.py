@@ -150,6 +150,79 @@ def test_policies_that_are_wrong_are_refused_when_they_are_loaded(policies: str,
         Guard(policies, schema)
 
 
+GROUPS = """
+entity Group; entity Tenant in [Group] { suspended?: Bool } tags Bool; entity Tool in [Group];
+action "money"; action "pay", "refund" in ["money"] appliesTo { principal: Tenant, resource: Tool, context: { amount?: Long } };
+action "query" appliesTo { principal: Tenant, resource: Tool };
+"""
+
+
+@pytest.mark.parametrize("schema", [None, GROUPS], ids=["no_schema", "schema"])
+@pytest.mark.parametrize(
+    ("scope", "condition"),
+    [
+        ('principal in Group::"frozen", action, resource', "true"),
+        ('principal is Tenant in Group::"frozen", action, resource', "true"),
+        ('principal, action, resource in Group::"risky"', "true"),
+        ("principal, action, resource", 'principal in Group::"frozen"'),
+        ("principal, action, resource", 'principal in [Group::"late", Group::"frozen"]'),
+        ("principal, action, resource", 'principal is Tenant in Group::"frozen"'),
+        ("principal is Tenant, action, resource", "principal has suspended && principal.suspended"),
+        ("principal is Tenant, action, resource", 'principal.hasTag("frozen") && principal.getTag("frozen")'),
+        ("principal is Tenant, action, resource is Tool", '(if true then principal else resource) in Group::"frozen"'),
+        ("principal is Tenant, action, resource", '!(context has amount && !(resource in Group::"risky"))'),
+        ("principal, action, resource", '[principal in Group::"a", false].contains(true)'),
+        ("principal, action, resource", 'Tenant::"bank_A" in Group::"frozen"'),
+    ],
+)
+def test_a_rule_that_needs_an_entitys_data_is_refused_when_it_is_loaded(scope: str, condition: str, schema: str | None) -> None:
+    rule = f'@id("stop") forbid({scope}) when {{ {condition} }};'
+    with pytest.raises(PolicyError, match=r"would never apply; got 'stop'; compare with =="):
+        Guard(f"permit(principal, action, resource); {rule}", schema)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        'forbid(principal, action in Action::"money", resource);',
+        'forbid(principal, action, resource) when { action in Action::"money" };',
+    ],
+)
+def test_a_group_of_actions_needs_a_schema(rule: str) -> None:
+    policies = f"permit(principal, action, resource); {rule}"
+    with pytest.raises(PolicyError, match=r"`(action )?in`.*policy1.*give a schema"):
+        Guard(policies)
+    guard = Guard(policies, GROUPS)
+    assert guard.authorise("a", "pay", {}).ruling is Ruling.FORBIDDEN
+    assert guard.authorise("a", "query", {}).allowed
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        'forbid(principal, action in [Action::"pay", Action::"refund"], resource);',
+        'forbid(principal, action, resource) when { action in [Action::"pay", Action::"refund"] };',
+        'forbid(principal, action == Action::"pay", resource) when { [Tenant::"a", Tenant::"b"].contains(principal) };',
+    ],
+)
+@pytest.mark.parametrize("schema", [None, GROUPS], ids=["no_schema", "schema"])
+def test_a_list_of_actions_or_of_principals_needs_no_groups(rule: str, schema: str | None) -> None:
+    guard = Guard(f"permit(principal, action, resource); {rule}", schema)
+    assert guard.authorise("a", "pay", {}).ruling is Ruling.FORBIDDEN
+    assert guard.authorise("a", "query", {}).allowed
+
+
+def test_an_attribute_of_a_choice_between_contexts_is_refused() -> None:
+    rule = "forbid(principal, action, resource) when { (if true then context else context) has amount };"
+    with pytest.raises(PolicyError, match="`amount` of something else than the context"):
+        Guard(f"permit(principal, action, resource); {rule}")
+
+
+def test_a_template_is_refused_because_nothing_fills_it_in() -> None:
+    with pytest.raises(PolicyError, match=r"template.*'frozen'"):
+        Guard('permit(principal, action, resource); @id("frozen") forbid(principal == ?principal, action, resource);')
+
+
 def test_no_policies_permit_nothing() -> None:
     assert not Guard("").authorise("bank_A", "query", {}).allowed
 

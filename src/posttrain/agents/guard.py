@@ -1,8 +1,9 @@
 """Who may call what: Cedar policies, asked before every tool call. Whatever is unclear is denied.
 
-Cedar skips a policy that fails to evaluate: a `forbid` that reads a missing attribute would silently not apply. Three things
-close that door: policies are validated when they are loaded, any error during evaluation denies, and an attribute whose absence
-could help the caller must be present (see `polarity`). So taking an attribute away never turns Deny into Allow.
+Cedar skips a policy that fails to evaluate: a `forbid` that reads a missing attribute would silently not apply. Four things
+close that door: policies are validated when they are loaded, those that could never apply are refused then, any error during
+evaluation denies, and an attribute whose absence could help the caller must be present (see `polarity`). So taking an attribute
+away never turns Deny into Allow.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
-from posttrain.agents.polarity import Needs, must_be_present
+from posttrain.agents.polarity import Needs, must_be_present, needs_entities
 from posttrain.agents.world import Environment, World
 from posttrain.errors import PosttrainError
 
@@ -75,21 +76,20 @@ class Guard:
         self._cedar = _cedar()
         try:
             self._policies = self._cedar.PolicySet.from_str(policies)
-            tree = json.loads(self._cedar.policies_to_json_str(policies))["staticPolicies"]
+            parsed = json.loads(self._cedar.policies_to_json_str(policies))
+            tree = parsed["staticPolicies"]
             self._schema = None if schema is None else self._cedar.Schema.from_str(schema)
         except ValueError as error:
             raise PolicyError(f"cannot be read ({error})", where="permissions", remedy="correct the Cedar text") from error
+        if parsed["templates"]:
+            name = next(policy.get("annotations", {}).get("id") or key for key, policy in parsed["templates"].items())
+            remedy = "write the policy out for each principal and resource"
+            raise PolicyError("is a template, which nothing fills in", where="permissions", value=name, remedy=remedy)
         if schema is not None:
             self._validate(policies)
         self.ids: Mapping[str, str] = {key: policy.get("annotations", {}).get("id") or key for key, policy in tree.items()}
-        record = next((self.ids[key] for key, policy in tree.items() if "Record" in _operators(policy["conditions"])), None)
-        if record is not None:
-            raise PolicyError(
-                "compares with a whole record, which a missing attribute silently makes unequal",
-                where="permissions",
-                value=record,
-                remedy="compare attribute by attribute",
-            )
+        for key, policy in tree.items():
+            _check(policy, self.ids[key], groups=schema is not None)
         self._needs: tuple[Needs, ...] = tuple(must_be_present(policy, groups=schema is not None) for policy in tree.values())
 
     @classmethod
@@ -147,6 +147,25 @@ def _cedar() -> Any:
         remedy = "install posttrain[permissions]"
         raise PolicyError("the permission engine is not installed", where="permissions", remedy=remedy) from error
     return cedarpy
+
+
+def _check(policy: Mapping[str, Any], name: str, *, groups: bool) -> None:
+    """Raise PolicyError for a policy in Cedar's JSON form that cannot be judged safely."""
+    if "Record" in _operators(policy["conditions"]):
+        raise PolicyError(
+            "compares with a whole record, which a missing attribute silently makes unequal",
+            where="permissions",
+            value=name,
+            remedy="compare attribute by attribute",
+        )
+    asked = needs_entities(policy, groups=groups)
+    if asked is not None:
+        raise PolicyError(
+            f"asks for {asked}, but a request brings no entity's groups, attributes or tags, so it would never apply",
+            where="permissions",
+            value=name,
+            remedy="compare with ==, list the actions or give a schema with their groups, or read a fact from the context",
+        )
 
 
 def _cedar_value(value: Any) -> Any:

@@ -8,6 +8,8 @@ Two ways lead from a missing attribute to Allow.
   branches of `if`; anywhere else it counts as unsafe, because what it does there is not followed.
 - Reading a missing attribute is an error, which denies; but another missing attribute may keep that reading from being reached. So
   an attribute that is read without a `has` of its own before it must be there from the start.
+
+A third way is closed when policies are loaded: groups, attributes and tags of entities are never there (see `needs_entities`).
 """
 
 from __future__ import annotations
@@ -40,6 +42,33 @@ def must_be_present(policy: Mapping[str, Any], *, groups: bool) -> Needs:
         paths.update(_unsafe(condition["body"], towards_allow))
         paths.update(_unguarded(condition["body"], _NONE))
     return Needs(frozenset(paths), _actions(policy["action"], groups))
+
+
+def needs_entities(policy: Mapping[str, Any], *, groups: bool) -> str | None:
+    """What a policy in Cedar's JSON form asks of entities' data, or None. A request brings none, so it would be false for every call.
+
+    `groups`: a schema says which groups an action belongs to.
+    """
+    for name in ("principal", "action", "resource"):
+        scope = policy[name]
+        listed = "entities" in scope or groups  # a list of actions names the actions themselves
+        if "in" in scope or (scope["op"] == "in" and not (name == "action" and listed)):
+            return f"`{name} in`"
+    return next((asked for condition in policy["conditions"] for asked in _asked(condition["body"], groups)), None)
+
+
+def _asked(expression: Any, groups: bool) -> Iterator[str]:
+    for operator, operand in _nodes(expression):
+        if operator in (".", "has") and _path(operand["left"]) is None:
+            yield f"the attribute `{operand['attr']}` of something else than the context"
+        elif operator in ("hasTag", "getTag"):
+            yield f"`{operator}`"
+        elif operator == "in" or (operator == "is" and "in" in operand):
+            listed = groups or (operator == "in" and "Set" in operand["right"])
+            if not (listed and operand["left"] == {"Var": "action"}):
+                yield f"`{operator} ... in`" if operator == "is" else "`in`"
+        for part in _parts(operand):
+            yield from _asked(part, groups)
 
 
 def _unsafe(expression: Any, towards_allow: bool | None) -> Iterator[Path]:
