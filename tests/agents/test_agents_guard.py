@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from posttrain.agents import Decision, Guard, PolicyError, Ruling
@@ -115,11 +115,40 @@ def test_without_a_context_the_arguments_are_read() -> None:
     assert not guard.authorise("a", "pay", {"amount": 9}, {"amount": 10}).allowed
 
 
-@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 0.00001, float("nan"), float("inf"), b"x", object()])
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 1
+
+
+@pytest.mark.parametrize(
+    "value", [2**63, -(2**63) - 1, 0.00001, 1e30, float("nan"), float("inf"), b"x", object(), "\ud800", nested(500)]
+)
 def test_a_value_that_no_policy_can_read_denies(value: Any) -> None:
     guard = Guard("permit(principal, action, resource);")
     assert guard.authorise("a", "pay", {"x": 1, "deep": [{"y": 2}]}).allowed
     assert guard.authorise("a", "pay", {"deep": [{"y": value}]}).ruling is Ruling.POLICY_ERROR
+
+
+ENTITIES = """
+entity Tenant; entity Tool;
+action "pay" appliesTo { principal: Tenant, resource: Tool, context: { a?: Tenant, b?: Long, c?: Set<decimal> } };
+"""
+GUARDS = [
+    Guard("permit(principal, action, resource);", ENTITIES),
+    Guard("permit(principal, action, resource) when { context has a && context.a == 1 };"),
+]
+KEYS = st.text(st.characters(), max_size=3) | st.sampled_from(["a", "b", "c", "type", "id"])  # half surrogate pairs among them
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | KEYS | st.sampled_from([1e30, -1e24, 1e15, 10**30]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(GUARDS), KEYS | st.none(), KEYS, st.dictionaries(KEYS, VALUES, max_size=3))
+def test_no_request_raises(guard: Guard, tenant: str | None, tool: str, arguments: dict[str, Any]) -> None:
+    decision = guard.authorise(tenant, tool, arguments)
+    assert decision.allowed is (decision.ruling is Ruling.PERMITTED)
 
 
 def test_fractions_are_compared_as_decimals() -> None:

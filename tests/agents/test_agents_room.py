@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from agents_fakes import FakeWorld, ask, call
@@ -62,6 +63,18 @@ def test_arguments_that_are_no_object_reach_neither_guard_nor_world(text: str) -
     outcome = box.run(ToolCall("call_0", "add", text))
     assert "invalid_arguments" in outcome.content
     assert world.environments == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"by":1e30}', '{"by":1e999}', '{"by":NaN}', '{"by":"\\ud800"}', '{"\\ud800":1}', '{"x":' + "[" * 500 + "]" * 500 + "}"],
+)
+def test_arguments_that_nobody_can_read_are_an_outcome(text: str) -> None:
+    tool = ToolSpec("add", "", {"type": "object", "properties": {"by": {"type": "number"}, "x": {"const": 1}}})
+    world: Any = object()  # says nothing of the facts, so the guard reads the arguments
+    box = Toolbox([tool], "retail_B", world, Guard("permit(principal, action, resource);"), lambda: pytest.fail("executed"))
+    outcome = box.run(ToolCall("call_0", "add", text))
+    assert not outcome.ok and any(word in outcome.content for word in ("invalid_arguments", "policy_error"))
 
 
 def test_a_validator_is_compiled_once_and_a_broken_schema_names_its_tool() -> None:

@@ -21,6 +21,7 @@ from posttrain.agents.world import Environment, World
 from posttrain.errors import PosttrainError
 
 _INT64 = range(-(2**63), 2**63)
+_DECIMALS = 10**15  # Cedar's decimals are smaller
 _NAMED = re.compile(r"`(policy\d+)`")
 
 
@@ -109,18 +110,17 @@ class Guard:
         if missing:
             return Decision(False, Ruling.MISSING_CONTEXT, tuple(missing), "attributes that a policy depends on are not there")
         try:
-            values = {key: _cedar_value(value) for key, value in facts.items() if value is not None}
             _no_escape(facts)
-        except ValueError as error:
+            request = {
+                "principal": {"type": "Anonymous", "id": ""} if tenant is None else {"type": "Tenant", "id": tenant},
+                "action": {"type": "Action", "id": tool},
+                "resource": {"type": "Tool", "id": tool},
+                "context": {key: _cedar_value(value) for key, value in facts.items() if value is not None},
+            }
+            result = self._cedar.is_authorized(request, self._policies, [], schema=self._schema)
+        except (ValueError, ArithmeticError, RecursionError) as error:  # half a surrogate pair in a text is a ValueError too
             return Decision(False, Ruling.POLICY_ERROR, (), str(error))
-        principal = {"type": "Anonymous", "id": ""} if tenant is None else {"type": "Tenant", "id": tenant}
-        request = {
-            "principal": principal,
-            "action": {"type": "Action", "id": tool},
-            "resource": {"type": "Tool", "id": tool},
-            "context": values,
-        }
-        return self._decide(self._cedar.is_authorized(request, self._policies, [], schema=self._schema))
+        return self._decide(result)
 
     def _decide(self, result: Any) -> Decision:
         errors = list(result.diagnostics.errors)
@@ -187,8 +187,8 @@ def _cedar_value(value: Any) -> Any:
 
 def _four_digits(value: float | Decimal) -> str:
     number = Decimal(str(value))
-    if not number.is_finite() or number != round(number, 4):
-        raise ValueError(f"a fraction of more than four digits: {value}")
+    if not number.is_finite() or abs(number) >= _DECIMALS or number != round(number, 4):
+        raise ValueError(f"a fraction of more than four digits, or beyond what Cedar reads: {value}")
     return f"{number:.4f}"
 
 

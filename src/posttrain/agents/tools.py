@@ -34,11 +34,9 @@ class Toolbox:
         arguments = _parse(call.arguments)
         if arguments is None:
             return _failed(call, "invalid_arguments", "the arguments must be one JSON object")
-        problem = validator_of(self._tools[call.name]).iter_errors(arguments)
-        first = next(iter(problem), None)
-        if first is not None:
-            path = "/".join(str(part) for part in first.instance_path)
-            return _failed(call, "invalid_arguments", f"{path + ': ' if path else ''}{first.message}"[:300])
+        problem = _problem(validator_of(self._tools[call.name]), arguments)
+        if problem is not None:
+            return _failed(call, "invalid_arguments", problem[:300])
         denied = self._denied(call.name, arguments)
         if denied is not None:
             return ToolOutcome(call, _error("denied", denied), False, denied)
@@ -80,6 +78,18 @@ def validator_of(tool: ToolSpec) -> Any:
                 f"its parameters are no JSON Schema: {reason}", where=f"tool {tool.name}", remedy="correct them"
             ) from error
     return _VALIDATORS[text]
+
+
+def _problem(validator: Any, arguments: Mapping[str, Any]) -> str | None:
+    """The first rule that the arguments break, or None."""
+    try:
+        first = next(iter(validator.iter_errors(arguments)), None)
+    except ValueError as error:  # nested too deeply, or half of a surrogate pair
+        return f"cannot be read: {error}"
+    if first is None:
+        return None
+    path = "/".join(str(part) for part in first.instance_path)
+    return f"{path + ': ' if path else ''}{first.message}"
 
 
 def _parse(text: str) -> dict[str, Any] | None:
