@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,16 @@ import pytest
 
 from posttrain.agents.world import load_world
 from posttrain.data import write_jsonl
-from posttrain.errors import RecipeError
+from posttrain.errors import DataError, RecipeError
+from posttrain.evaluation import Suite
 from posttrain.pipeline.material import gather
 from posttrain.recipe import DataOptions, StageRecipe
 
 WORLD = load_world("finance_ops")
+TASK = {
+    "id": "a", "request": "can payroll clear?", "tenant": "bank_A", "environment": {"world": "finance_ops", "seed": 7},
+    "expected": {"calls": [{"name": "cash_position", "arguments": {"account": "payroll"}}]},
+}  # fmt: skip
 
 
 def stage(kind: str, **data: Any) -> StageRecipe:
@@ -75,3 +81,37 @@ def test_a_file_gives_what_it_holds_and_a_student_plays_tasks_beside_it(file: st
 def test_shares_of_kinds_are_kept_whatever_they_add_up_to(kinds: dict[str, float]) -> None:
     tasks = gather(stage("reason", n=40, kinds={**kinds, "reconcile": 0.0}), WORLD, 1).tasks
     assert Counter(task.kind for task in tasks) == {"lookup": 30, "benign": 10}
+
+
+def rows(folder: Path, *lines: dict[str, Any]) -> str:
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_tasks_to_learn_from_are_completed_as_a_suites_are(tmp_path: Path) -> None:
+    path = rows(tmp_path, TASK, {**TASK, "id": "b", "tools": ["cash_position"]})
+    short, named = gather(stage("reason", path=path), WORLD, 1).tasks
+    suite = Suite.load(path).tasks
+    assert (short.messages, short.tools, short.response_schema) == (suite[0].messages, suite[0].tools, suite[0].response_schema)
+    assert short.tools == WORLD.tools("bank_A")
+    assert [tool.name for tool in named.tools] == ["cash_position"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"expected": None, "verifier": "finance_ops.lokup"}, ("verifier", "finance_ops.lookup")),
+        ({"expected": {"cals": []}}, ("expected", "did you mean calls?")),
+        ({"tenant": "bank_Z"}, ("tenant", "'bank_Z'", "bank_A")),
+        ({"environment": {"world": "mars", "seed": 1}}, ("environment", "'mars'", "finance_ops")),
+    ],
+)
+def test_a_task_to_learn_from_that_nobody_could_judge_is_refused_with_its_row(
+    change: dict[str, Any], said: tuple[str, ...], tmp_path: Path
+) -> None:
+    bad = {key: value for key, value in {**TASK, "id": "b", **change}.items() if value is not None}
+    with pytest.raises(DataError) as caught:
+        gather(stage("reason", path=rows(tmp_path, TASK, bad)), WORLD, 1)
+    for part in ("mine.jsonl:2", *said):
+        assert part in str(caught.value)

@@ -69,17 +69,15 @@ def read_preferences(path: Path | str, defaults: Defaults | None = None) -> tupl
 
 
 def read_tasks(
-    path: Path | str, defaults: Defaults | None = None, check: Callable[[Task], None] | None = None
+    path: Path | str, defaults: Defaults | None = None, complete: Callable[[Task], Task] | None = None
 ) -> tuple[list[Task], ReadReport]:
-    """Every row of a file of tasks. Raises like `read_conversations`; tools may be names in `defaults.catalogue`. `check` raises DataError,
-    its `where` a field of the row, for what only the reader's caller can know."""
+    """Every row of a file of tasks. Raises like `read_conversations`; tools may be names in `defaults.catalogue`. `complete` gives the
+    task to keep, or raises DataError, its `where` a field of the row, for what only the reader's caller can know."""
     given = defaults or Defaults()
 
     def convert(row: dict[str, Any], _: Format, name: str, trace: Trace) -> Task:
         task = to_task(row, name, given, trace)
-        if check is not None:
-            check(task)
-        return task
+        return task if complete is None else complete(task)
 
     return _read(Path(path), TASKS, convert)
 

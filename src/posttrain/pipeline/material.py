@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.agents.world import World
-from posttrain.data import dataset_hash, read_conversations, read_preferences, read_tasks
+from posttrain.data import dataset_hash, read_conversations, read_preferences
 from posttrain.data.records import Conversation, Preference, Task
 from posttrain.errors import RecipeError
+from posttrain.evaluation.tasks import read_own_tasks
 from posttrain.recipe import DataOptions, StageRecipe
 from posttrain.stages.bench import derive
 from posttrain.stages.tools import hold_calls
@@ -43,7 +44,10 @@ def gather(stage: StageRecipe, world: World, seed: int) -> Material:
         pairs = _read(read_preferences, data) if data.path else world.preferences(n=data.n, split="train", seed=seed)
         return Material(preferences=pairs, hashes={"preferences": dataset_hash(pairs)})
     if stage.kind == "reason":
-        tasks = _read(read_tasks, data) if data.path else world.tasks(kinds=_kinds(stage), n=data.n, split="train", seed=seed)
+        if data.path:
+            tasks: Sequence[Task] = read_own_tasks(Path(data.path), world).tasks
+        else:
+            tasks = world.tasks(kinds=_kinds(stage), n=data.n, split="train", seed=seed)
         return Material(tasks=tasks, hashes={"tasks": dataset_hash(tasks)})
     if stage.kind == "distill":
         own = round(data.n * data.own_share)
