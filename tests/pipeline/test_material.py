@@ -115,3 +115,26 @@ def test_a_task_to_learn_from_that_nobody_could_judge_is_refused_with_its_row(
         gather(stage("reason", path=rows(tmp_path, TASK, bad)), WORLD, 1)
     for part in ("mine.jsonl:2", *said):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("sft", {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}),
+        (
+            "adapters",
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "tenant": "bank_A"},
+        ),
+        ("preference", {"prompt": "hi", "chosen": "ho", "rejected": "hu"}),
+        ("reason", TASK),
+    ],
+)
+def test_nothing_learns_from_a_row_of_another_split(kind: str, row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"mine\.jsonl:2: split: is not train; got 'test'; .*take it out of the file"):
+        gather(
+            stage(kind, path=rows(tmp_path, {**row, "id": "1", "split": "train"}, {**row, "id": "2", "split": "test"})), WORLD, 1
+        )
+
+
+def test_a_row_that_names_no_split_is_the_train_splits(tmp_path: Path) -> None:
+    assert [task.split for task in gather(stage("reason", path=rows(tmp_path, TASK)), WORLD, 1).tasks] == ["train"]

@@ -7,7 +7,7 @@ import json
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,30 +56,38 @@ class ReadReport:
         return f"{self.path}: {self.records} records, format {self.format}" + (f"; dropped fields: {lost}" if lost else "")
 
 
-def read_conversations(path: Path | str, defaults: Defaults | None = None) -> tuple[list[Conversation], ReadReport]:
-    """Every row of a file of conversations. Raises DataError naming file, row, field, cause and remedy (20 rows at most)."""
-    given = defaults or Defaults()
-    return _read(Path(path), CONVERSATIONS, lambda row, form, name, trace: to_conversation(row, form, name, given, trace))
+def read_conversations(
+    path: Path | str, defaults: Defaults | None = None, split: str | None = None
+) -> tuple[list[Conversation], ReadReport]:
+    """Every row of a file of conversations. `split`: the one that rows must be of, and are of where they do not say. Raises DataError
+    naming file, row, field, cause and remedy (20 rows at most)."""
+    given = _given(defaults, split)
+    return _read(Path(path), CONVERSATIONS, lambda row, form, name, trace: to_conversation(row, form, name, given, trace), split)
 
 
-def read_preferences(path: Path | str, defaults: Defaults | None = None) -> tuple[list[Preference], ReadReport]:
-    """Every row of a file of preference pairs. Raises like `read_conversations`."""
-    given = defaults or Defaults()
-    return _read(Path(path), PREFERENCES, lambda row, form, name, trace: to_preference(row, form, name, given, trace))
+def read_preferences(
+    path: Path | str, defaults: Defaults | None = None, split: str | None = None
+) -> tuple[list[Preference], ReadReport]:
+    """Every row of a file of preference pairs. Reads and raises like `read_conversations`."""
+    given = _given(defaults, split)
+    return _read(Path(path), PREFERENCES, lambda row, form, name, trace: to_preference(row, form, name, given, trace), split)
 
 
 def read_tasks(
-    path: Path | str, defaults: Defaults | None = None, complete: Callable[[Task], Task] | None = None
+    path: Path | str,
+    defaults: Defaults | None = None,
+    split: str | None = None,
+    complete: Callable[[Task], Task] | None = None,
 ) -> tuple[list[Task], ReadReport]:
-    """Every row of a file of tasks. Raises like `read_conversations`; tools may be names in `defaults.catalogue`. `complete` gives the
-    task to keep, or raises DataError, its `where` a field of the row, for what only the reader's caller can know."""
-    given = defaults or Defaults()
+    """Every row of a file of tasks. Reads and raises like `read_conversations`; tools may be names in `defaults.catalogue`. `complete`
+    gives the task to keep, or raises DataError, its `where` a field of the row, for what only the reader's caller can know."""
+    given = _given(defaults, split)
 
     def convert(row: dict[str, Any], _: Format, name: str, trace: Trace) -> Task:
         task = to_task(row, name, given, trace)
         return task if complete is None else complete(task)
 
-    return _read(Path(path), TASKS, convert)
+    return _read(Path(path), TASKS, convert, split)
 
 
 def write_jsonl(path: Path | str, records: Iterable[Record]) -> str:
@@ -101,7 +109,12 @@ def dataset_hash(records: Iterable[Record]) -> str:
 Convert = Callable[[dict[str, Any], Format, str, Trace], R]
 
 
-def _read(path: Path, wanted: frozenset[Format], convert: Convert[R]) -> tuple[list[R], ReadReport]:
+def _given(defaults: Defaults | None, split: str | None) -> Defaults:
+    given = defaults or Defaults()
+    return given if split is None else replace(given, split=split)
+
+
+def _read(path: Path, wanted: frozenset[Format], convert: Convert[R], split: str | None) -> tuple[list[R], ReadReport]:
     records: list[R] = []
     ids: dict[str, int] = {}
     dropped: Counter[str] = Counter()
@@ -115,6 +128,7 @@ def _read(path: Path, wanted: frozenset[Format], convert: Convert[R]) -> tuple[l
             found = _format_of(row, wanted, format)
             record = convert(row, found, f"{_stem(path)}:{number}", trace)
             _check_id(record.id, number, ids)
+            _check_split(record.split, split)
         except DataError as error:
             problems.append((number, error))
             if len(problems) == MAX_ERRORS or (format is None and error.where == _FORMAT):
@@ -148,6 +162,12 @@ def _check_id(identity: str, number: int, ids: dict[str, int]) -> None:
     if identity in ids:
         raise DataError(f"was used in row {ids[identity]} already", where="id", value=identity, remedy="give each row its own id")
     ids[identity] = number
+
+
+def _check_split(found: str, wanted: str | None) -> None:
+    if wanted is not None and found != wanted:
+        remedy = f"only rows of the {wanted} split are read here: take it out of the file, or correct its split"
+        raise DataError(f"is not {wanted}", where="split", value=found, remedy=remedy)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:

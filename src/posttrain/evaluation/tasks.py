@@ -24,12 +24,13 @@ class OwnTasks:
     report: ReadReport
 
 
-def read_own_tasks(path: Path, world: World | None = None) -> OwnTasks:
+def read_own_tasks(path: Path, world: World | None = None, split: str | None = None) -> OwnTasks:
     """Every task of a file, each with what it leaves out. `world`: the one they must be of; None: the one that the first row names.
-    Raises DataError naming file, row, field, cause and remedy."""
+    `split`: the one that rows must be of, and are of where they do not say. Raises DataError naming file, row, field, cause and
+    remedy."""
     desk = _Desk(world)
     catalogue = {tool.name: tool for tool in (world or load_world(DEFAULT_WORLD)).tools()}
-    tasks, report = read_tasks(path, Defaults(catalogue=catalogue), desk.complete)
+    tasks, report = read_tasks(path, Defaults(catalogue=catalogue), split, desk.complete)
     assert desk.world is not None  # a file without rows is refused
     return OwnTasks(tuple(tasks), desk.world, report)
 

@@ -16,6 +16,7 @@ from posttrain.recipe import DataOptions, StageRecipe
 from posttrain.stages.bench import derive
 from posttrain.stages.tools import hold_calls
 
+_SPLIT = "train"  # of a file's rows as of a world's: what a release is measured on, nothing may have learned from
 _PARTS = 40  # of which each kind of task gets its share, where shares are not whole numbers
 _TRAJECTORIES = {"tool_trajectory": 1.0}
 _FOUR_SHAPES = {"single_turn": 0.2, "multi_turn": 0.2, "tool_trajectory": 0.4, "safety_style": 0.2}
@@ -41,17 +42,17 @@ def gather(stage: StageRecipe, world: World, seed: int) -> Material:
         tenants = _by_tenant(data, world, seed, where)
         return Material(tenants=tenants, hashes={tenant: dataset_hash(records) for tenant, records in tenants.items()})
     if stage.kind == "preference":
-        pairs = _read(read_preferences, data) if data.path else world.preferences(n=data.n, split="train", seed=seed)
+        pairs = _read(read_preferences, data) if data.path else world.preferences(n=data.n, split=_SPLIT, seed=seed)
         return Material(preferences=pairs, hashes={"preferences": dataset_hash(pairs)})
     if stage.kind == "reason":
         if data.path:
-            tasks: Sequence[Task] = read_own_tasks(Path(data.path), world).tasks
+            tasks: Sequence[Task] = read_own_tasks(Path(data.path), world, _SPLIT).tasks
         else:
-            tasks = world.tasks(kinds=_kinds(stage), n=data.n, split="train", seed=seed)
+            tasks = world.tasks(kinds=_kinds(stage), n=data.n, split=_SPLIT, seed=seed)
         return Material(tasks=tasks, hashes={"tasks": dataset_hash(tasks)})
     if stage.kind == "distill":
         own = round(data.n * data.own_share)
-        tasks = world.tasks(kinds=_kinds(stage), n=own, split="train", seed=seed) if own else []
+        tasks = world.tasks(kinds=_kinds(stage), n=own, split=_SPLIT, seed=seed) if own else []
         given = _conversations(data.model_copy(update={"n": data.n - own}), world, seed, _FOUR_SHAPES) if own < data.n else []
         return Material(given, tasks=tasks, hashes={"tasks": dataset_hash(tasks), "conversations": dataset_hash(given)})
     shapes = _TRAJECTORIES if stage.kind == "tools" else _FOUR_SHAPES
@@ -110,7 +111,7 @@ def _conversations(
     if data.path:
         records: list[Conversation] = _read(read_conversations, data)
         return records
-    return world.conversations(shapes=data.shapes or shapes, n=data.n, split="train", seed=seed, tenant=tenant)
+    return world.conversations(shapes=data.shapes or shapes, n=data.n, split=_SPLIT, seed=seed, tenant=tenant)
 
 
 def _kinds(stage: StageRecipe) -> list[str]:
@@ -126,4 +127,4 @@ def _kinds(stage: StageRecipe) -> list[str]:
 
 def _read(reader: Any, data: DataOptions) -> Any:
     assert data.path is not None
-    return reader(Path(data.path))[0]
+    return reader(Path(data.path), split=_SPLIT)[0]
