@@ -11,17 +11,24 @@ from typing import Any
 import pytest
 
 from posttrain.agents.world import load_world
+from posttrain.contract import Contract
+from posttrain.contract.rendering import Renderer
 from posttrain.data import write_jsonl
 from posttrain.errors import DataError, RecipeError
 from posttrain.evaluation import Suite
+from posttrain.pipeline.checks import check_material, check_recipe
+from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import gather
-from posttrain.recipe import DataOptions, StageRecipe
+from posttrain.recipe import DataOptions, StageRecipe, parse_recipe
 
 WORLD = load_world("finance_ops")
 TASK = {
     "id": "a", "request": "can payroll clear?", "tenant": "bank_A", "environment": {"world": "finance_ops", "seed": 7},
     "expected": {"calls": [{"name": "cash_position", "arguments": {"account": "payroll"}}]},
 }  # fmt: skip
+
+
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
 def stage(kind: str, **data: Any) -> StageRecipe:
@@ -120,10 +127,10 @@ def test_a_task_to_learn_from_that_nobody_could_judge_is_refused_with_its_row(
 @pytest.mark.parametrize(
     ("kind", "row"),
     [
-        ("sft", {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}),
+        ("sft", {"messages": CHAT}),
         (
             "adapters",
-            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "tenant": "bank_A"},
+            {"messages": CHAT, "tenant": "bank_A"},
         ),
         ("preference", {"prompt": "hi", "chosen": "ho", "rejected": "hu"}),
         ("reason", TASK),
@@ -138,3 +145,31 @@ def test_nothing_learns_from_a_row_of_another_split(kind: str, row: dict[str, An
 
 def test_a_row_that_names_no_split_is_the_train_splits(tmp_path: Path) -> None:
     assert [task.split for task in gather(stage("reason", path=rows(tmp_path, TASK)), WORLD, 1).tasks] == ["train"]
+
+
+def test_a_field_that_has_no_place_in_a_record_is_named_before_anything_is_trained(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = [*CHAT[:1], {**CHAT[1], "content": [{"type": "reasoning"}, {"type": "text", "text": "ho"}]}]
+    path = rows(tmp_path, {"messages": CHAT, "system": "be kind"}, {"messages": shown, "system": "be kind"})
+    Path(path).rename(tmp_path / "chat.jsonl")
+    rows(tmp_path, {**TASK, "difficulty": 3})
+    recipe = parse_recipe(
+        {
+            "name": "x", "base": str(tiny_base), "output": str(tmp_path / "runs"), "evaluation": {"suite": path},
+            "stages": [{"name": "s", "kind": "sft", "data": {"path": str(tmp_path / "chat.jsonl")},
+                        "gate": {"targets": [{"metric": "task_success"}]}}],
+        }
+    )  # fmt: skip
+    lines = list(check_recipe(recipe))
+    lost = [
+        f"{tmp_path}/chat.jsonl: `messages[].content[reasoning]` has no place in a record: left out of 1 of 2 rows",
+        f"{tmp_path}/chat.jsonl: `system` has no place in a record: left out of 2 of 2 rows",
+    ]
+    assert [line for line in lines if "no place" in line] == [
+        *lost,
+        f"{path}: `difficulty` has no place in a record: left out of 1 of 1 rows",
+    ]
+    material = gather(recipe.stages[0], WORLD, 1)
+    check_material(recipe.stages[0], material, Renderer(Contract.load(tiny_base)), Console())  # as `run` does
+    assert "content[reasoning]`" in capsys.readouterr().err.replace("\n", "")

@@ -51,6 +51,14 @@ class ReadReport:
     sha256: str
     dropped: Mapping[str, int] = field(default_factory=dict)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A line for each field that was left out."""
+        return tuple(
+            f"{self.path}: `{name}` has no place in a record: left out of {count} of {self.records} rows"
+            for name, count in self.dropped.items()
+        )
+
     def __str__(self) -> str:
         lost = ", ".join(f"{name} ({count})" for name, count in sorted(self.dropped.items()))
         return f"{self.path}: {self.records} records, format {self.format}" + (f"; dropped fields: {lost}" if lost else "")

@@ -16,13 +16,14 @@ _KINDS = ("lookup", "advise", "high_risk", "benign", "reconcile", "tenant_style"
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Named tasks. Two scorecards are compared task by task when name, split and seed are equal."""
+    """Named tasks. Two scorecards are compared task by task when name, split and seed are equal. `notes`: what was left out of a file."""
 
     name: str
     split: str
     seed: int
     tasks: tuple[Task, ...]
     world: str | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(
@@ -45,4 +46,4 @@ class Suite:
     @classmethod
     def _from_file(cls, path: Path) -> Suite:
         own = read_own_tasks(path)
-        return cls(path.name, "file", 0, own.tasks, own.world.name)
+        return cls(path.name, "file", 0, own.tasks, own.world.name, own.report.notes)

@@ -38,9 +38,12 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
     yield f"disk: {free_bytes(Path(recipe.output)) / 1e9:.1f} GB free"
     world = load_world(recipe.world)
     for stage in recipe.stages:
-        yield f"stage {stage.name}: {check_material(stage, gather(stage, world, recipe.seed), Renderer(contract))}"
+        material = gather(stage, world, recipe.seed)
+        yield from material.notes
+        yield f"stage {stage.name}: {check_material(stage, material, Renderer(contract))}"
     wanted = recipe.evaluation
     suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
+    yield from suite.notes
     longest = max((len(contract.prompt_ids(task.messages, task.tools)) for task in suite.tasks), default=0)
     yield f"suite: {len(suite.tasks)} tasks, longest prompt {longest} tokens"
 
@@ -92,10 +95,12 @@ def check_disk(recipe: Recipe, base: Path) -> None:
 
 
 def check_material(stage: StageRecipe, material: Material, renderer: Renderer, console: Console | None = None) -> str:
-    """Render and check every record of a stage; a line that says what there is."""
+    """Render and check every record of a stage; a line that says what there is. A console is told what was left out of a file."""
     options = stage_options(stage)
     if isinstance(options, ReasonOptions):
         check_tasks(options, material.tasks, where=f"stages.{stage.name}.data")
+    if console is not None:
+        console.notes(material.notes)
     limit = int(getattr(options, "max_tokens", 1 << 20))
     sets, pairs = [material.conversations, *material.tenants.values()], material.preferences
     total = sum(map(len, sets)) + len(pairs)

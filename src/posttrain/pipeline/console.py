@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,11 @@ class Console:
 
     def say(self, text: str) -> None:
         self._rich.print(text)
+
+    def notes(self, lines: Iterable[str]) -> None:
+        """Lines of the user's own words: brackets in them are no markup."""
+        for line in lines:
+            self._rich.print(line, markup=False)
 
     def stage(self, name: str, lever: str) -> None:
         self.say(f"\n[bold]{name}[/bold]  {lever}  [dim]{self._clock()}[/dim]")

@@ -34,11 +34,13 @@ def evaluate_target(
     before anything is loaded."""
     prepare_process(None)
     place = find_device(device)
+    console = Console(quiet)
     loaded = Suite.load(suite, split=split, seed=seed, n=n)
+    console.notes(loaded.notes)
     found = load_target(target, base, runs, place)
     options = EvaluationRecipe(split=split if split in ("train", "dev", "test") else "test", seed=seed, free=max(8, n // 4))  # type: ignore[arg-type]
     world = load_world(loaded.world or _DEFAULT_WORLD)
-    return Measurer(options, world, loaded, Console(quiet)).measure(found.runtime, found.adapter_for, target, found.parent)
+    return Measurer(options, world, loaded, console).measure(found.runtime, found.adapter_for, target, found.parent)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from posttrain.agents.world import World
-from posttrain.data import dataset_hash, read_conversations, read_preferences
+from posttrain.data import ReadReport, dataset_hash, read_conversations, read_preferences
 from posttrain.data.records import Conversation, Preference, Task
 from posttrain.errors import RecipeError
 from posttrain.evaluation.tasks import read_own_tasks
@@ -24,39 +24,49 @@ _FOUR_SHAPES = {"single_turn": 0.2, "multi_turn": 0.2, "tool_trajectory": 0.4, "
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Records for one stage; only the fields its kind needs are filled. `hashes` names each part's SHA-256."""
+    """Records for one stage; only the fields its kind needs are filled. `hashes` names each part's SHA-256, `notes` what was left out
+    of its file."""
 
     conversations: Sequence[Conversation] = ()
     preferences: Sequence[Preference] = ()
     tasks: Sequence[Task] = ()
     tenants: dict[str, list[Conversation]] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def gather(stage: StageRecipe, world: World, seed: int) -> Material:
-    """The stage's records, from the train split only. Raises RecipeError where data options do not fit the kind of stage."""
+    """The stage's records, from the train split only. Raises RecipeError where data options do not fit the kind of stage, and DataError
+    for a malformed file."""
+    _refuse_unused(stage, f"stages.{stage.name}.data")
+    seed = stage.data.seed if stage.data.seed is not None else derive(seed, stage.name, "data") % 2**31
+    if stage.data.path is None:
+        return _gathered(stage, world, seed, None)
+    records, report = _read(stage.kind, Path(stage.data.path), world)
+    return replace(_gathered(stage, world, seed, records), notes=report.notes)
+
+
+def _gathered(stage: StageRecipe, world: World, seed: int, own: list[Any] | None) -> Material:
+    """`own`: the records of the stage's file, of the type that its kind learns from."""
     data, where = stage.data, f"stages.{stage.name}.data"
-    _refuse_unused(stage, where)
-    seed = data.seed if data.seed is not None else derive(seed, stage.name, "data") % 2**31
     if stage.kind == "adapters":
-        tenants = _by_tenant(data, world, seed, where)
+        tenants = _by_tenant(data, world, seed, where, own)
         return Material(tenants=tenants, hashes={tenant: dataset_hash(records) for tenant, records in tenants.items()})
     if stage.kind == "preference":
-        pairs = _read(read_preferences, data) if data.path else world.preferences(n=data.n, split=_SPLIT, seed=seed)
+        pairs = world.preferences(n=data.n, split=_SPLIT, seed=seed) if own is None else own
         return Material(preferences=pairs, hashes={"preferences": dataset_hash(pairs)})
     if stage.kind == "reason":
-        if data.path:
-            tasks: Sequence[Task] = read_own_tasks(Path(data.path), world, _SPLIT).tasks
-        else:
-            tasks = world.tasks(kinds=_kinds(stage), n=data.n, split=_SPLIT, seed=seed)
+        tasks = world.tasks(kinds=_kinds(stage), n=data.n, split=_SPLIT, seed=seed) if own is None else own
         return Material(tasks=tasks, hashes={"tasks": dataset_hash(tasks)})
     if stage.kind == "distill":
-        own = round(data.n * data.own_share)
-        tasks = world.tasks(kinds=_kinds(stage), n=own, split=_SPLIT, seed=seed) if own else []
-        given = _conversations(data.model_copy(update={"n": data.n - own}), world, seed, _FOUR_SHAPES) if own < data.n else []
-        return Material(given, tasks=tasks, hashes={"tasks": dataset_hash(tasks), "conversations": dataset_hash(given)})
+        count = round(data.n * data.own_share)
+        tasks = world.tasks(kinds=_kinds(stage), n=count, split=_SPLIT, seed=seed) if count else []
+        if own is None:
+            rest = data.model_copy(update={"n": data.n - count})
+            own = _conversations(rest, world, seed, _FOUR_SHAPES) if count < data.n else []
+        return Material(own, tasks=tasks, hashes={"tasks": dataset_hash(tasks), "conversations": dataset_hash(own)})
     shapes = _TRAJECTORIES if stage.kind == "tools" else _FOUR_SHAPES
-    conversations = _conversations(data, world, seed, shapes)
+    conversations = _conversations(data, world, seed, shapes) if own is None else own
     if stage.kind == "tools" and not hold_calls(conversations):
         raise RecipeError("no record holds a tool call", where=where, remedy="give the stage tool trajectories")
     return Material(conversations, hashes={"conversations": dataset_hash(conversations)})
@@ -88,13 +98,15 @@ def _refuse_unused(stage: StageRecipe, where: str) -> None:
         raise RecipeError(f"decides nothing{beside}", where=f"{where}.{sorted(unused)[0]}", remedy="leave it out")
 
 
-def _by_tenant(data: DataOptions, world: World, seed: int, where: str) -> dict[str, list[Conversation]]:
+def _by_tenant(
+    data: DataOptions, world: World, seed: int, where: str, own: list[Conversation] | None
+) -> dict[str, list[Conversation]]:
     """Each tenant's own records. Of a file, every record must be some tenant's, and every tenant must have one."""
-    if data.path is None:
+    if own is None:
         return {tenant: _conversations(data, world, seed, _FOUR_SHAPES, tenant) for tenant in world.tenants}
     tenants: dict[str, list[Conversation]] = {tenant: [] for tenant in world.tenants}
     known = f"the world's tenants are {', '.join(tenants)}"
-    for record in _read(read_conversations, data):
+    for record in own:
         if record.tenant not in tenants:
             where = f"{data.path}: record {record.id}: tenant"
             raise RecipeError("is none of the world's", where=where, value=record.tenant or "", remedy=known)
@@ -108,9 +120,6 @@ def _by_tenant(data: DataOptions, world: World, seed: int, where: str) -> dict[s
 def _conversations(
     data: DataOptions, world: World, seed: int, shapes: dict[str, float], tenant: str | None = None
 ) -> list[Conversation]:
-    if data.path:
-        records: list[Conversation] = _read(read_conversations, data)
-        return records
     return world.conversations(shapes=data.shapes or shapes, n=data.n, split=_SPLIT, seed=seed, tenant=tenant)
 
 
@@ -125,6 +134,11 @@ def _kinds(stage: StageRecipe) -> list[str]:
     return [kind for kind, share in shares.items() for _ in range(max(1, round(share * parts)))]
 
 
-def _read(reader: Any, data: DataOptions) -> Any:
-    assert data.path is not None
-    return reader(Path(data.path), split=_SPLIT)[0]
+def _read(kind: str, path: Path, world: World) -> tuple[list[Any], ReadReport]:
+    """A file's records, of the type that this kind of stage learns from."""
+    if kind == "reason":
+        own = read_own_tasks(path, world, _SPLIT)
+        return list(own.tasks), own.report
+    if kind == "preference":
+        return read_preferences(path, split=_SPLIT)
+    return read_conversations(path, split=_SPLIT)
