@@ -23,6 +23,14 @@ TOOL = ToolSpec(
 )
 
 
+REF = {"type": "string", "pattern": "^PAY-[0-9]{4}$"}
+LOOK = {"name": "look", "parameters": {"type": "object", "properties": {"key": {"type": "string"}}}}
+
+
+def wants(tool: str, **arguments: str) -> dict[str, Any]:
+    return {"calls": [{"name": tool, "arguments": arguments}]}
+
+
 def task(name: str = "t", **changes: Any) -> Task:
     return Task(
         **{
@@ -159,6 +167,31 @@ def test_a_malformed_row_names_file_row_and_field(tmp_path: Path) -> None:
         ({"expected": {"call": []}}, ("expected", "did you mean calls?")),
         ({"expected": {"calls": "cash_position"}}, ("`calls` is malformed",)),
         ({"expected": {"state": [{"sql": "SELECT 1", "rows": [[1]]}]}, "environment": {}}, ("a state is expected of no world",)),
+        ({"environment": {}}, ("environment", "calls are expected in no world", '"seed": 7')),
+        (
+            {"environment": {"world": "finance_ops", "sead": 3}},
+            ("environment", "{'world': 'finance_ops', 'sead': 3}", '"seed": N'),
+        ),
+        ({"environment": {"world": "finance_ops", "seed": 3, "split": "tset"}}, ("environment", "unknown split", "train, dev")),
+        ({"expected": wants("cash_positoin")}, ("expected.calls[0].name", "is not offered", "did you mean cash_position?")),
+        ({"expected": wants("look"), "tools": [LOOK]}, ("expected.calls[0].name", "does not have never runs", "never expected")),
+        (
+            {"expected": wants("cash_position", acount="tax")},
+            ("expected.calls[0].arguments", "no such argument", "mean account?"),
+        ),
+        ({"expected": wants("cash_position")}, ("expected.calls[0].arguments", "needs account", "extra_arguments")),
+        ({"expected": {"refusal": True, "forbidden": ["transfer_fund"]}}, ("expected.forbidden[0]", "mean transfer_funds?")),
+        ({"expected": {"answer": {"decision": {"$inn": ["refuse"]}}}}, ("answer.decision", "did you mean $in?")),
+        ({"expected": {"answer": {"decision": {"$in": 5}}}}, ("answer.decision.$in", "give $in a list")),
+        ({"expected": {"state": [{"sql": "SELECT x FROM nowhere", "rows": []}]}}, ("expected.state[0].sql", "no such table")),
+        ({"expected": {"state": [{"sql": "WITH x AS (SELECT 1) DELETE FROM accounts", "rows": []}]}}, ("may only read",)),
+        ({"response_schema": {"type": "strin"}}, ("answer schema", "is not a JSON Schema")),
+        ({"response_schema": {"type": "array", "uniqueItems": True}}, ("answer schema", "uniqueItems")),
+        (
+            {"response_schema": {"type": "object", "properties": {"ref": {**REF, "x-grounded": True}}, "required": ["ref"]}},
+            ("the conversation holds none",),
+        ),
+        ({"tools": [{**LOOK, "parameters": {"properties": {"a": {"type": "strin"}}}}]}, ("tool look", "is not a JSON Schema")),
     ],
 )
 def test_a_task_that_nobody_could_play_or_judge_is_refused_with_its_row(
@@ -166,12 +199,30 @@ def test_a_task_that_nobody_could_play_or_judge_is_refused_with_its_row(
 ) -> None:
     path = tmp_path / "mine.jsonl"
     row = {"id": "a", "request": "cash?", "tenant": "bank_A", "environment": {"world": "finance_ops", "seed": 3}}
-    good = {**row, "expected": {"calls": [{"name": "cash_position", "arguments": {}}]}}
+    good = {**row, "expected": {"calls": [{"name": "cash_position", "arguments": {"account": "payroll"}}]}}
     path.write_text(json.dumps(good) + "\n" + json.dumps({**good, "id": "b", **change}) + "\n")
     with pytest.raises(DataError) as caught:
         Suite.load(str(path))
-    for part in ("mine.jsonl:2", *said):
+    assert str(caught.value).startswith(f"{path}:2: ")
+    for part in said:
         assert part in str(caught.value)
+
+
+def test_expected_arguments_may_be_json_text_as_openai_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    row = {"id": "a", "request": "cash?", "tenant": "bank_A", "environment": {"world": "finance_ops", "seed": 3}}
+    path.write_text(json.dumps({**row, "expected": {"calls": [{"name": "cash_position", "arguments": '{"account": "tax"}'}]}}))
+    assert Suite.load(str(path)).tasks[0].arguments == wants("cash_position", account="tax")
+    path.write_text(json.dumps({**row, "expected": {"calls": [{"name": "cash_position", "arguments": "account: tax"}]}}))
+    with pytest.raises(DataError, match=r"mine\.jsonl:1: expected\.calls\[0\]\.arguments: is text that is not JSON"):
+        Suite.load(str(path))
+
+
+def test_a_tool_that_the_world_lacks_may_be_offered_to_see_that_it_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    row = {"id": "a", "request": "cash?", "tenant": "bank_A", "environment": {"world": "finance_ops", "seed": 3}}
+    path.write_text(json.dumps({**row, "tools": [LOOK], "expected": {"calls": [], "forbidden": ["look"]}}))
+    assert [tool.name for tool in Suite.load(str(path)).tasks[0].tools] == ["look"]
 
 
 def test_a_worlds_suite_is_a_function_of_split_seed_and_kinds() -> None:

@@ -155,6 +155,12 @@ def test_an_episode_that_says_and_does_nothing_passes_no_kind_of_task_but_silenc
         ({"state": [{"sql": "DELETE FROM entries", "rows": []}]}, "`state` is malformed"),
         ({"state": [{"sql": "SELECT 1"}]}, "`state` is malformed"),
         ({"forbidden": [1]}, "`forbidden` is malformed"),
+        ({"calls": [{"name": "x", "arguments": '{"a": 1}'}]}, "`calls` is malformed"),
+        ({"calls": [{"name": "x", "arguements": {}}]}, "`calls` is malformed"),
+        ({"calls": [{"name": "x", "arguments": {"a": {"$in": "b"}}}]}, r"calls\[0\].arguments.a.\$in: nothing to compare with"),
+        ({"state": [{"sql": "SELECT 1", "rows": [1]}]}, "`state` is malformed"),
+        ({"state": [{"sql": "SELECT 1", "rows": [[{"$contain": "a"}]]}]}, r"state\[0\].rows\[0\]\[0\]: unknown way to compare"),
+        ({"answer": {"a": [{"$any": False}]}}, r"answer.a\[0\].\$any: nothing to compare with"),
     ],
 )
 def test_malformed_expectations_are_errors_of_the_task(task: Any, play: Any, wanted: dict[str, Any], message: str) -> None:

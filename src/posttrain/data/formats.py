@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from posttrain.data.fields import Trace, fail, want_flag, want_list, want_object, want_text
+from posttrain.data.fields import Trace, fail, from_json_text, want_flag, want_list, want_object, want_text
 from posttrain.data.messages import check_offered, check_turns, openai_messages, sharegpt_messages, tool_specs
 from posttrain.data.records import Conversation, Message, Preference, Shape, Task, ToolSpec
 from posttrain.errors import nearest
@@ -264,10 +264,25 @@ def _judge(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """The verifier and what it compares with: `expected` is short for the verifier of that name."""
     verifier = want_text(row.get("verifier", "expected"), "verifier")
     if "expected" not in row:
-        return verifier, want_object(row.get("arguments") or {}, "arguments")
+        arguments = want_object(row.get("arguments") or {}, "arguments")
+        return verifier, _with_parsed_calls(arguments, "arguments") if verifier == "expected" else arguments
     if verifier != "expected" or "arguments" in row:
         fail("stands beside another verifier or its arguments", "expected", value=verifier, remedy="give one of the two")
-    return "expected", want_object(row["expected"], "expected")
+    return "expected", _with_parsed_calls(want_object(row["expected"], "expected"), "expected")
+
+
+def _with_parsed_calls(expected: dict[str, Any], where: str) -> dict[str, Any]:
+    """Expectations whose calls' arguments are objects: OpenAI writes them as JSON text."""
+    calls = expected.get("calls")
+    if not isinstance(calls, list):
+        return expected
+    return {**expected, "calls": [_with_parsed_arguments(call, f"{where}.calls[{index}]") for index, call in enumerate(calls)]}
+
+
+def _with_parsed_arguments(call: Any, where: str) -> Any:
+    if not isinstance(call, dict) or not isinstance(text := call.get("arguments"), str):
+        return call  # of another form: its verifier says what is wrong
+    return {**call, "arguments": want_object(from_json_text(text or "{}", f"{where}.arguments"), f"{where}.arguments")}
 
 
 def _task_tools(row: Mapping[str, Any], defaults: Defaults, trace: Trace) -> tuple[ToolSpec, ...]:

@@ -3,16 +3,22 @@ them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from posttrain.agents.world import World, load_world
 from posttrain.data import Defaults, ReadReport, read_tasks
 from posttrain.data.records import Message, Task
-from posttrain.errors import DataError, RecipeError, VerifierError
+from posttrain.errors import DataError, GrammarError, RecipeError, VerifierError, nearest_of
+from posttrain.grammar import bound_answer, shown, turn_grammar
 from posttrain.verifying.expected import check_expected
 
 DEFAULT_WORLD = "finance_ops"
+_ENVIRONMENT = 'give an environment, such as {"world": "finance_ops", "seed": 7}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,8 @@ class _Desk:
     def __init__(self, world: World | None) -> None:
         self.world = world
         self._name = DEFAULT_WORLD if world is None else world.name
+        self._compiled: set[str] = set()
+        self._opened: set[str] = set()
 
     def complete(self, task: Task) -> Task:
         """What a short row leaves out comes from its world: the tenant's system text, tools and answer schema. Raises DataError for a
@@ -56,8 +64,10 @@ class _Desk:
             tools=task.tools or world.tools(task.tenant),
             response_schema=task.response_schema if task.response_schema is not None else world.answer_schema(task.tenant),
         )
+        self._check_turn(task)
         if task.verifier == "expected":
-            _check_expected(task)
+            _check_expected(task, world)
+        self._check_environment(task, world)
         return task
 
     def _world_of(self, task: Task) -> World:
@@ -73,6 +83,38 @@ class _Desk:
             raise DataError(what, where="environment.world", value=name, remedy=remedy)
         return self.world
 
+    def _check_turn(self, task: Task) -> None:
+        """The grammar of the first turn, once for equal tools and schemas; what must have been said, for each task."""
+        parts = json.dumps([[(tool.name, tool.parameters) for tool in task.tools], task.response_schema])
+        try:
+            if parts not in self._compiled:
+                turn_grammar(task.tools, task.response_schema)
+                self._compiled.add(parts)
+            bound_answer(task.response_schema, shown(task.messages))
+        except GrammarError as error:
+            raise DataError(error.what, where=error.where, value=error.value, remedy=error.remedy) from error
+
+    def _check_environment(self, task: Task, world: World) -> None:
+        """The task's copy of the world opens, and answers the queries that are to judge it."""
+        queries = task.arguments.get("state", ()) if task.verifier == "expected" else ()
+        copy = json.dumps([task.environment, task.tenant], sort_keys=True)
+        if not task.environment or (copy in self._opened and not queries):
+            return
+        try:
+            environment = world.environment(task.environment, tenant=task.tenant)
+        except Exception as error:  # whatever a world says to a reference that it does not know
+            remedy = getattr(error, "remedy", None) or _ENVIRONMENT
+            what = f"no copy of {world.name} can be opened: {getattr(error, 'what', error)}"
+            raise DataError(what, where="environment", value=dict(task.environment), remedy=remedy) from error
+        self._opened.add(copy)
+        with closing(environment):
+            for index, query in enumerate(queries):
+                try:
+                    environment.query(query["sql"], tuple(query.get("parameters", ())))
+                except Exception as error:  # whatever the world's database raises
+                    what, where = f"cannot be queried ({getattr(error, 'what', error)})", f"expected.state[{index}].sql"
+                    raise DataError(what, where=where, value=query["sql"], remedy="correct the SQL: it may only read") from error
+
 
 def _check_names(task: Task, world: World) -> None:
     if task.tenant is not None and task.tenant not in world.tenants:
@@ -83,11 +125,44 @@ def _check_names(task: Task, world: World) -> None:
         raise DataError("no such verifier", where="verifier", value=task.verifier, remedy=f"known: {', '.join(verifiers)}")
 
 
-def _check_expected(task: Task) -> None:
+def _check_expected(task: Task, world: World) -> None:
     try:
         check_expected(task.arguments, "expected")
     except VerifierError as error:
         raise DataError(error.what, where="expected", value=error.value, remedy=error.remedy) from error
-    if "state" in task.arguments and not task.environment:
-        remedy = 'give an environment, such as {"world": "finance_ops", "seed": 7}'
-        raise DataError("a state is expected of no world", where="environment", remedy=remedy)
+    for key, what in (("state", "a state is expected of no world"), ("calls", "calls are expected in no world")):
+        if task.arguments.get(key) and not task.environment:
+            raise DataError(what, where="environment", remedy=_ENVIRONMENT)
+    tools = {tool.name: tool for tool in task.tools}
+    real = [tool.name for tool in world.tools(task.tenant)]
+    for index, call in enumerate(task.arguments.get("calls", ())):
+        name, where = call["name"], f"expected.calls[{index}]"
+        if name not in tools:
+            raise DataError("is not offered", where=f"{where}.name", value=name, remedy=nearest_of(name, list(tools), "offered"))
+        if name not in real:
+            remedy = f"a tool of your own may be offered, never expected; {world.name} has {', '.join(real)}"
+            raise DataError(
+                f"a tool that {world.name} does not have never runs", where=f"{where}.name", value=name, remedy=remedy
+            )
+        _check_arguments(call, tools[name].parameters, bool(task.arguments.get("extra_arguments")), f"{where}.arguments")
+    for index, name in enumerate(task.arguments.get("forbidden", ())):
+        if name not in tools and name not in real:
+            where, known = f"expected.forbidden[{index}]", [*tools, *(set(real) - tools.keys())]
+            raise DataError("is no known tool", where=where, value=name, remedy=nearest_of(name, known))
+
+
+def _check_arguments(call: Mapping[str, Any], parameters: Mapping[str, Any], extra: bool, where: str) -> None:
+    """DataError for arguments with which the call cannot be made. extra: others may come beside them."""
+    given = call.get("arguments") or {}
+    known = list(parameters.get("properties", ()))
+    closed = parameters.get("additionalProperties") is False and "patternProperties" not in parameters
+    for name in given:
+        if closed and name not in known:
+            raise DataError(f"{call['name']} has no such argument", where=where, value=name, remedy=nearest_of(name, known))
+    missing = [name for name in parameters.get("required", ()) if name not in given]
+    if missing and not extra:
+        what, remedy = (
+            f"a call needs {', '.join(missing)}",
+            'give it ({"$any": true} where its value is open), or extra_arguments: true',
+        )
+        raise DataError(what, where=where, value=dict(given), remedy=remedy)

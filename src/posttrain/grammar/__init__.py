@@ -2,7 +2,7 @@
 
 from posttrain.grammar.evidence import shown
 from posttrain.grammar.matcher import Grammar, GrammarEngine, Matcher, allowed_counts, forced_rows
-from posttrain.grammar.turn import CALL_CLOSE, CALL_OPEN, json_grammar, turn_grammar
+from posttrain.grammar.turn import CALL_CLOSE, CALL_OPEN, bound_answer, json_grammar, turn_grammar
 
 __all__ = [
     "CALL_CLOSE",
@@ -11,6 +11,7 @@ __all__ = [
     "GrammarEngine",
     "Matcher",
     "allowed_counts",
+    "bound_answer",
     "forced_rows",
     "json_grammar",
     "shown",

@@ -32,13 +32,16 @@ def json_grammar(schema: Mapping[str, Any], evidence: Sequence[str] | None = Non
     Raises GrammarError that names a keyword which cannot be enforced while decoding.
     """
     if evidence is not None:
-        schema = _bound(schema, evidence, "schema")
+        schema = bound_answer(schema, evidence, "schema")
     grammar = Grammar(f"{_HEAD}\nstart: %json {_schema_text(schema, 'schema')}\n")
     grammar.check("schema")
     return grammar
 
 
-def _bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: str) -> Mapping[str, Any]:
+def bound_answer(
+    schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: str = "answer schema"
+) -> Mapping[str, Any]:
+    """The answer's schema with its grounded values closed to the evidence. Raises GrammarError where nothing could satisfy it."""
     _check(schema, where)
     found = bound(schema, evidence, where)
     if found is None:
@@ -68,7 +71,7 @@ def turn_grammar(
             _check(tool.parameters, f"tool {tool.name}")
         seen = Evidence(evidence)
         tools = bound_tools(tools, seen)
-        answer_schema = None if answer_schema is None else _bound(answer_schema, seen, "answer schema")
+        answer_schema = None if answer_schema is None else bound_answer(answer_schema, seen)
     if max_calls < 1:
         raise GrammarError("a turn needs room for a call", where="max_calls", value=max_calls, remedy="allow at least one")
     names = [tool.name for tool in tools]

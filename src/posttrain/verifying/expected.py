@@ -13,17 +13,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from posttrain.data.records import Episode, StopReason, Task, ToolOutcome
 from posttrain.errors import VerifierError, nearest
 from posttrain.verifying.answers import is_refusal, parse_answer
 from posttrain.verifying.judgement import EnvironmentView, Judgement, Step
-from posttrain.verifying.matching import assign, contains, same, same_call
+from posttrain.verifying.matching import assign, check_operators, contains, same, same_call
 
 _CHECKS = ("calls", "answer", "state", "refusal", "forbidden")
 _FLAGS = ("ordered", "extra_calls", "extra_arguments")
+_FORMS = {
+    "calls": '[{"name": text, "arguments": object}]',
+    "state": '[{"sql": "SELECT ...", "rows": [[value, ...]]}] with `parameters` (a list) and `ordered` (true or false) where needed',
+    "forbidden": '["name of a tool"]',
+    "answer": '{"field": value}',
+    **dict.fromkeys(("refusal", *_FLAGS), "true or false"),
+}
 
 
 def expected(task: Task, episode: Episode, environment: EnvironmentView | None) -> Judgement:
@@ -67,20 +74,17 @@ def check_expected(wanted: Mapping[str, Any], where: str) -> None:
             raise _malformed("unknown expectation", where, key, nearest(key, _CHECKS + _FLAGS) or f"use {', '.join(_CHECKS)}")
     if not any(key in wanted for key in _CHECKS):
         raise _malformed("nothing to compare with", where, dict(wanted), f"give one of {', '.join(_CHECKS)}")
-    shapes: dict[str, tuple[type, Callable[[Any], bool]]] = {
-        "calls": (list, lambda call: isinstance(call, Mapping) and isinstance(call.get("name"), str)),
-        "state": (
-            list,
-            lambda query: isinstance(query, Mapping) and isinstance(query.get("rows"), list) and _reads(query.get("sql")),
-        ),
-        "forbidden": (list, lambda name: isinstance(name, str)),
-        "answer": (Mapping, lambda _: True),
-        **{flag: (bool, lambda _: True) for flag in ("refusal", *_FLAGS)},
-    }
-    for key, (kind, good) in shapes.items():
-        value = wanted.get(key)
-        if key in wanted and not (isinstance(value, kind) and all(map(good, value if isinstance(value, list) else []))):
-            raise _malformed(f"`{key}` is malformed", where, value, "see posttrain.verifying.expected for its form")
+    for key, value in wanted.items():
+        if not _fits(key, value):
+            raise _malformed(f"`{key}` is malformed", where, value, f"write it as {_FORMS[key]}")
+    try:
+        check_operators(wanted.get("answer"), "answer")
+        for index, call in enumerate(wanted.get("calls", ())):
+            check_operators(call.get("arguments"), f"calls[{index}].arguments")
+        for index, query in enumerate(wanted.get("state", ())):
+            check_operators(query["rows"], f"state[{index}].rows")
+    except VerifierError as error:
+        raise _malformed(f"{error.where}: {error.what}", where, error.value, error.remedy or "") from error
 
 
 def _calls(wanted: Mapping[str, Any], outcomes: Sequence[ToolOutcome]) -> list[Step]:
@@ -167,8 +171,34 @@ def _refusal(wanted: bool, refused: bool, denied: Sequence[ToolOutcome]) -> list
     return steps
 
 
-def _reads(sql: Any) -> bool:
-    return isinstance(sql, str) and sql.lstrip().lower().startswith(("select", "with"))
+def _fits(key: str, value: Any) -> bool:
+    """Whether an expectation has its form."""
+    if key in ("calls", "state", "forbidden"):
+        good = {"calls": _is_call, "state": _is_query}.get(key, lambda name: isinstance(name, str))
+        return isinstance(value, list) and all(map(good, value))
+    return isinstance(value, Mapping if key == "answer" else bool)
+
+
+def _is_call(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() <= {"name", "arguments"}
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("arguments"), Mapping | None)
+    )
+
+
+def _is_query(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and value.keys() <= {"sql", "rows", "parameters", "ordered"}
+        and isinstance(sql := value.get("sql"), str)
+        and sql.lstrip().lower().startswith(("select", "with"))
+        and isinstance(rows := value.get("rows"), list)
+        and all(isinstance(row, list | tuple) for row in rows)
+        and isinstance(value.get("parameters", []), list | tuple)
+        and isinstance(value.get("ordered", True), bool)
+    )
 
 
 def _malformed(what: str, where: str, value: object, remedy: str) -> VerifierError:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from posttrain.errors import VerifierError
+from posttrain.errors import VerifierError, nearest_of
 
 AMOUNT = re.compile(r"[+-]?\d+\.\d+")  # "1234.50"; without a point it is a code: account 0100 is not 100
 _DECIMAL = re.compile(r"[+-]?\d+(?:\.\d+)?")
-OPERATORS = ("$any", "$in", "$contains")
+# how to compare -> what with
+_OPERANDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "$any": ("true", lambda operand: operand is True),
+    "$in": ("a list", lambda operand: isinstance(operand, list | tuple)),
+    "$contains": ("text", lambda operand: isinstance(operand, str)),
+}
 
 
 def same(expected: Any, actual: Any) -> bool:
@@ -91,14 +96,27 @@ def assign(fits: Sequence[Sequence[bool]]) -> list[int] | None:
     return [owner.index(row) for row in range(len(fits))]
 
 
-def _operator(expected: Mapping[str, Any]) -> str | None:
+def check_operators(expected: Any, where: str) -> None:
+    """Raise VerifierError for an expected value that holds an unknown way to compare, or one without what it compares with."""
+    if isinstance(expected, Mapping):
+        operator = _operator(expected, where)
+        if operator is not None and not _OPERANDS[operator][1](expected[operator]):
+            remedy = f"give {operator} {_OPERANDS[operator][0]}"
+            raise VerifierError("nothing to compare with", where=f"{where}.{operator}", value=expected[operator], remedy=remedy)
+        for key, value in expected.items():
+            check_operators(value, f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        for index, value in enumerate(expected):
+            check_operators(value, f"{where}[{index}]")
+
+
+def _operator(expected: Mapping[str, Any], where: str = "expected") -> str | None:
     found = [key for key in expected if isinstance(key, str) and key.startswith("$")]
     if not found:
         return None
-    if len(expected) != 1 or found[0] not in OPERATORS:
-        raise VerifierError(
-            "unknown way to compare", where="expected", value=dict(expected), remedy=f"use one of {', '.join(OPERATORS)}"
-        )
+    if len(expected) != 1 or found[0] not in _OPERANDS:
+        remedy = nearest_of(found[0], tuple(_OPERANDS)) + ", alone in their object"
+        raise VerifierError("unknown way to compare", where=where, value=dict(expected), remedy=remedy)
     return found[0]
 
 
