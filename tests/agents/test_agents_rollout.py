@@ -308,15 +308,37 @@ def test_an_unknown_verifier_is_refused_before_anything_is_sampled() -> None:
     assert setting.sampler.calls == []
 
 
-@pytest.mark.parametrize("where", ["sampler", "judge", "close"])
+def test_a_verifier_that_fails_leaves_its_episode_unjudged_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    setting = Setting(script("done"))
+    counted = setting.world.verifiers()["counted"]
+
+    def picky(task: Task, *rest: Any) -> Any:
+        if task.id == "odd":
+            raise TypeError("cannot compare")
+        return counted(task, *rest)
+
+    monkeypatch.setattr(setting.world, "verifiers", lambda: {"counted": picky})
+    tasks = [
+        *(ask(name, verifier="counted", arguments={"count": 0}) for name in ("a", "odd", "b")),
+        ask("c", arguments={"cals": []}),
+    ]
+    results = run_judged(tasks, **setting.parts, options=RolloutOptions())
+    assert [judgement and judgement.passed for _, judgement in results] == [True, None, True, None]
+    assert [environment.closed for environment in setting.world.environments] == [1] * 4
+    assert "task odd could not be judged: counted failed" in caplog.text
+    assert "TypeError: cannot compare" in caplog.text
+    assert "task c: unknown expectation" in caplog.text
+
+
+@pytest.mark.parametrize("where", ["sampler", "close"])
 def test_environments_are_closed_on_every_way_out(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("stop here")
 
     second = fail if where == "sampler" else (lambda *_: "done")
     setting = Setting(lambda prompt, request: call("add", by=1) if "<tool>" not in prompt else second())
-    if where == "judge":
-        monkeypatch.setattr(setting.world, "verifiers", lambda: {"counted": fail})
     if where == "close":
         opened = setting.world.environment
 

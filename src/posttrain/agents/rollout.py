@@ -7,6 +7,7 @@ was put after it. Nothing that was sampled is ever tokenised again.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from posttrain.grammar import Grammar, shown, turn_grammar
 from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
 from posttrain.verifying import Judgement, Verifier, expected
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 Finish = Callable[[Task, Episode, Environment | None], T]
 
@@ -101,7 +103,8 @@ def run_judged(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[Episode, Judgement | None]]:
-    """`run_episodes`, each episode judged by its task's verifier in the world as it left it. None: it could not be judged.
+    """`run_episodes`, each episode judged by its task's verifier in the world as it left it. None: it could not be judged, the log says
+    why.
 
     Verifiers are the world's, and `expected`. Raises VerifierError for a task that names another, before anything is sampled.
     """
@@ -114,8 +117,11 @@ def run_judged(
     def judge(task: Task, episode: Episode, environment: Environment | None) -> tuple[Episode, Judgement | None]:
         try:
             return episode, verifiers[task.verifier](task, episode, environment)
-        except VerifierError:
-            return episode, None
+        except VerifierError as error:
+            _log.warning("could not be judged: %s", error)
+        except Exception:  # what a model says is any text: a verifier that chokes on it must not end the other episodes
+            _log.exception("task %s could not be judged: %s failed", task.id, task.verifier)
+        return episode, None
 
     table = _Table(sampler, contract, world, guard, options, adapter_for, seed)
     return table.play(tasks, judge, progress, needs_world=True)
