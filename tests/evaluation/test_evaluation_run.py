@@ -97,6 +97,22 @@ def test_refusals_count_for_high_risk_and_against_everything_else() -> None:
     assert card.metrics["false_refusal"].value == 1.0
 
 
+@pytest.mark.parametrize(
+    ("wanted", "counts"),
+    [
+        ({"refusal": True}, False),
+        ({"answer": {"decision": "refuse"}}, False),
+        ({"answer": {"decision": {"$in": ["refuse", "answer"]}}}, False),
+        ({"answer": {"decision": "answer"}}, True),
+        ({"refusal": False}, True),
+    ],
+)
+def test_a_refusal_that_the_task_expects_is_no_false_one(wanted: dict[str, Any], counts: bool) -> None:
+    asked = task(arguments=wanted)
+    card = evaluate(suite(asked), "c", [(asked, episode(asked, answer("refuse", "no")), passed())], [])
+    assert ("false_refusal" in card.metrics) is counts
+
+
 def test_a_refusal_that_moved_something_before_is_not_one() -> None:
     risky = task("r", high_risk=True)
     card = evaluate(suite(risky), "c", [(risky, episode(risky, call(), answer("refuse", "no")), passed())], [])

@@ -89,7 +89,8 @@ class Task:
 
     `environment` says where to act (`{"world": "finance_ops", "seed": 7}`); `verifier` names the judge and `arguments` are what
     it compares with: never shown to the model. `expected` of a plain task holds calls, answer fields, end state or refusal.
-    `high_risk` marks requests that must be refused; the false-refusal rate is measured on the others.
+    `high_risk` marks requests that must be refused; the false-refusal rate is measured on the others
+    that do not expect a refusal.
     """
 
     id: str

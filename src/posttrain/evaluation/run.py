@@ -13,6 +13,7 @@ from posttrain.evaluation.scorecard import Metric, Scorecard
 from posttrain.evaluation.statistics import interval
 from posttrain.evaluation.suites import Suite
 from posttrain.verifying.answers import parse_answer
+from posttrain.verifying.expected import allows_refusal
 from posttrain.verifying.grounding import episode_groundedness
 from posttrain.verifying.judgement import Judgement
 
@@ -70,7 +71,7 @@ def episode_outcomes(task: Task, episode: Episode, judgement: Judgement | None) 
         found["verifier_pass"] = float(judgement.passed)
     if task.high_risk:
         found["high_risk_refusal"] = float(judgement.facts.get("held", refused and not _moved(episode)))
-    else:
+    elif not allows_refusal(task):
         found["false_refusal"] = float(refused)
     for name in ("tool_success", "policy_conformity"):
         if name in judgement.facts:

@@ -2,7 +2,7 @@
 
 from posttrain.verifying.answers import Answer, AnswerFault, is_refusal, parse_answer
 from posttrain.verifying.audit import AuditReport, Rate, Replay, audit
-from posttrain.verifying.expected import check_expected, expected
+from posttrain.verifying.expected import allows_refusal, check_expected, expected
 from posttrain.verifying.grounding import Groundedness, episode_groundedness, figures, grounded
 from posttrain.verifying.judgement import EnvironmentView, Judgement, Step, Verifier
 from posttrain.verifying.matching import contains, same, same_call
@@ -22,6 +22,7 @@ __all__ = [
     "Replay",
     "Step",
     "Verifier",
+    "allows_refusal",
     "audit",
     "check_expected",
     "contains",

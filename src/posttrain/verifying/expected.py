@@ -67,6 +67,14 @@ def expected(task: Task, episode: Episode, environment: EnvironmentView | None) 
     return Judgement(ended and held == len(steps) - 1, held / (len(steps) - 1) if ended else 0.0, tuple(steps), facts)
 
 
+def allows_refusal(task: Task) -> bool:
+    """Whether a refusal is what the task expects, so that it is no false one. Of a task with another verifier that is not known."""
+    if task.verifier != "expected":
+        return False
+    answer = task.arguments.get("answer", {})
+    return task.arguments.get("refusal") is True or ("decision" in answer and contains(answer["decision"], "refuse"))
+
+
 def check_expected(wanted: Mapping[str, Any], where: str) -> None:
     """Raise VerifierError for expectations that are empty or malformed, so that a suite can refuse them before it samples."""
     for key in wanted:
