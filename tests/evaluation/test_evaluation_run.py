@@ -177,6 +177,8 @@ def test_a_malformed_row_names_file_row_and_field(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        ({"id": None}, ("id: is missing", "compared by it")),
+        ({"id": "a"}, ("id: was used in row 1 already",)),
         ({"tenant": "bank_B"}, ("tenant", "'bank_B'", "bank_A")),
         ({"verifier": "lookups"}, ("verifier", "'lookups'", "expected")),
         ({"environment": {"world": "nowhere"}}, ("environment", "'nowhere'", "finance_ops")),

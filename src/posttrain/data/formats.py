@@ -13,7 +13,8 @@
 | task | `messages` or `request`; `tools` (specifications or names); `expected`, or `verifier` with `arguments`; `kind`, \
 `environment`, `response_schema`, `high_risk`, `max_turns` |
 
-Every row may carry `id`, `tenant`, `source`, `licence` (or `license`) and `split`; a conversation also `shape` (or `slice`).
+Every row may carry `id` (a task must), `tenant`, `source`, `licence` (or `license`) and `split`; a conversation also `shape` (or \
+`slice`).
 """
 
 from __future__ import annotations

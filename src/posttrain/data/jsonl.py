@@ -92,6 +92,8 @@ def read_tasks(
     given = _given(defaults, split)
 
     def convert(row: dict[str, Any], _: Format, name: str, trace: Trace) -> Task:
+        if row.get("id") is None:  # a number of the row would pair other tasks after a line was put in
+            raise DataError("is missing", where="id", remedy="give each task its own: results are compared by it")
         task = to_task(row, name, given, trace)
         return task if complete is None else complete(task)
 
