@@ -152,6 +152,13 @@ def test_the_dataset_hash_is_of_the_records_not_of_the_file(tmp_path: Path) -> N
     assert dataset_hash(openai) != dataset_hash(openai[:1])
 
 
+@pytest.mark.parametrize(("spelt", "said"), [('"\\ud800"', "half a character; got"), ("1e999", "number out of range")])
+def test_a_value_that_no_text_or_number_is_has_its_row_named(spelt: str, said: str, tmp_path: Path) -> None:
+    path = save(tmp_path, [GOOD, json.dumps(GOOD)[:-1] + f', "note": {spelt}}}'])
+    with pytest.raises(DataError, match=rf"{path.name}:2: row: holds (a )?{said}"):
+        read_conversations(path)
+
+
 def test_the_report_states_format_and_dropped_fields_with_counts(tmp_path: Path) -> None:
     rows = [{**GOOD, "score": 1}, {**GOOD, "score": 2, "note": "x"}, GOOD]
     path = save(tmp_path, rows)

@@ -135,6 +135,7 @@ def _read(path: Path, wanted: frozenset[Format], convert: Convert[R], split: str
         trace = Trace()
         try:
             row = want_object(line() if callable(line) else line, _ROW)
+            _check_values(row)
             found = _format_of(row, wanted, format)
             record = convert(row, found, f"{_stem(path)}:{number}", trace)
             _check_id(record.id, number, ids)
@@ -166,6 +167,17 @@ def _format_of(row: Mapping[str, Any], wanted: frozenset[Format], before: Format
     if before is not None and found is not before:
         raise DataError(f"is {found} in a file of format {before}", where=_FORMAT, remedy="keep one format per file")
     return found
+
+
+def _check_values(row: Mapping[str, Any]) -> None:
+    """JSON can spell what no text and no number is: half a surrogate pair, 1e999."""
+    try:
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise DataError("holds half a character", where=_ROW, value=half, remedy="write the whole surrogate pair") from error
+    except ValueError as error:
+        raise DataError("holds a number out of range", where=_ROW, remedy="use finite numbers") from error
 
 
 def _check_id(identity: str, number: int, ids: dict[str, int]) -> None:
