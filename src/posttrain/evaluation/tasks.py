@@ -90,7 +90,8 @@ class _Desk:
             if parts not in self._compiled:
                 turn_grammar(task.tools, task.response_schema)
                 self._compiled.add(parts)
-            bound_answer(task.response_schema, shown(task.messages))
+            if task.response_schema is not None:
+                bound_answer(task.response_schema, shown(task.messages))
         except GrammarError as error:
             raise DataError(error.what, where=error.where, value=error.value, remedy=error.remedy) from error
 
