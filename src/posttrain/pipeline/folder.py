@@ -68,12 +68,23 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         return path
 
+    def decided(self, name: str) -> dict[str, Any] | None:
+        """What the stage's gate decided, while its publishing has not come to its end."""
+        return self._read(name, "decided.json")
+
+    def decide(self, name: str, value: Mapping[str, Any]) -> None:
+        write_json(self.stage(name) / "decided.json", dict(value))
+
     def done(self, name: str) -> dict[str, Any] | None:
-        path = self.root / "stages" / name / "done.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
+        return self._read(name, "done.json")
 
     def finish(self, name: str, value: Mapping[str, Any]) -> None:
         write_json(self.stage(name) / "done.json", dict(value))
+        (self.stage(name) / "decided.json").unlink(missing_ok=True)
+
+    def _read(self, name: str, file: str) -> dict[str, Any] | None:
+        path = self.root / "stages" / name / file
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
 
     def metrics(self) -> ChainLog:
         return ChainLog(self.root / "metrics.jsonl", sync=False)

@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.agents import World, load_world
 from posttrain.contract import Contract
 from posttrain.contract.rendering import Renderer
-from posttrain.evaluation import RunSummary, Scorecard, Suite, Verdict, decide
+from posttrain.evaluation import RunSummary, Scorecard, Suite, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
 from posttrain.pipeline.assist import Order, assist, call
@@ -22,7 +22,7 @@ from posttrain.pipeline.material import Material, gather
 from posttrain.pipeline.measure import Measurer
 from posttrain.pipeline.parents import Parents, Weights
 from posttrain.pipeline.play import Player
-from posttrain.pipeline.publish import Measured, Publisher
+from posttrain.pipeline.publish import Decided, Measured, Publisher
 from posttrain.pipeline.pull import MAIN, pull
 from posttrain.pipeline.runtime import Runtime, parse_dtype, prepare_process
 from posttrain.pipeline.summary import summarise
@@ -79,6 +79,7 @@ class _Run:
         self.registry = Registry(output / "registry")
         self.channels = Channels(self.registry)
         self.parents = Parents(self.registry, recipe.base, output / "weights", self.dtype)
+        self.publisher = Publisher(recipe, self.world, self.registry, self.channels, folder)
         self.renderings = output / "rendered"
         wanted = recipe.evaluation
         suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
@@ -115,7 +116,7 @@ class _Run:
                 "device": device_name(self.device),
                 **self._spent(clock),
             }
-            self._finish(BASE, card, None, done)
+            self._finish(BASE, done)
         # 'auto' is measured once a run: a stage resumed on a busier machine must compute in the same type
         self.dtype = self.parents.dtype = parse_dtype(done["dtype"].removeprefix("torch."))
         return Road(None, Scorecard.from_json(done["scorecard"]))
@@ -124,12 +125,16 @@ class _Run:
         """Pull the lever unless that is done, and say where the road goes on."""
         done = self.folder.done(stage.name)
         if done is None:
-            done = self._pull(stage, material, road)
+            # what is published is read from the disk whether or not the run was killed since: one path, the same bytes
+            if self.folder.decided(stage.name) is None:
+                self._pull(stage, material, road)
+            done = self._publish(stage)
         if not done["accepted"] or MAIN not in done["releases"]:
             return road  # a rejected stage, or tenants' adapters, which are leaves: the road goes on from their parent
         return Road(self.registry.get(done["releases"][MAIN]), Scorecard.from_json(done["scorecard"]))
 
-    def _pull(self, stage: StageRecipe, material: Material, road: Road) -> dict[str, Any]:
+    def _pull(self, stage: StageRecipe, material: Material, road: Road) -> None:
+        """Train, measure and decide, and keep what was decided."""
         self.console.stage(stage.name, stage.kind)
         clock = Clock()
         forget_peak_memory()
@@ -148,16 +153,23 @@ class _Run:
             came_from = runtime if pulled.dense else None
             card = self.measurer.measure(pulled.runtime, pulled.adapter_for, candidate=stage.name, parent=came_from)
         verdict = decide(road.card, card, gate_policy(stage))
-        with clock.part("release"):
-            publisher = Publisher(self.recipe, self.world, self.registry, self.channels, self.folder, base)
-            ids = publisher.publish(stage, pulled, parent, Measured(card, verdict, material.hashes, bench.seed))
-        self.console.verdict(stage.name, verdict.outcome.value, verdict.reasons)
-        done = {
-            "accepted": verdict.passed, "releases": ids, "parent": parent.release, "parent_fingerprint": parent.fingerprint,
+        record = {
+            "accepted": verdict.passed, "parent": parent.release, "parent_fingerprint": parent.fingerprint,
             "parity": dict(parent.parity or {}), "scorecard": card.to_json(), "verdict": verdict.to_json(), "stopped": dict(pulled.stopped),
             "data": material.hashes, "kind": stage.kind, **self._spent(clock),
         }  # fmt: skip
-        self._finish(stage.name, card, verdict, done)
+        parts = self.publisher.parts(stage, pulled, parent, base, Measured(card, verdict, material.hashes, bench.seed))
+        self.folder.decide(stage.name, Decided(parts, record).to_json(bench.folder))
+
+    def _publish(self, stage: StageRecipe) -> dict[str, Any]:
+        """From what was decided to releases, and the stage is done."""
+        decided = Decided.from_json(self.folder.decided(stage.name) or {}, self.folder.stage(stage.name))
+        clock = Clock(dict(decided.record["seconds_by_part"]))
+        with clock.part("release"):
+            ids = self.publisher.publish(stage.name, decided.parts)
+        done = {**decided.record, "releases": ids, "seconds": clock.seconds, "seconds_by_part": dict(clock.parts)}
+        self.console.verdict(stage.name, done["verdict"]["outcome"], done["verdict"]["reasons"])
+        self._finish(stage.name, done)
         return done
 
     def _bench(self, stage: StageRecipe, parent: Weights, material: Material, runtime: Runtime, clock: Clock) -> Workbench:
@@ -197,12 +209,12 @@ class _Run:
         spent = {"seconds": clock.seconds, "seconds_by_part": dict(clock.parts), "peak_memory_mb": peak_memory_mb()}
         return spent if on_device is None else {**spent, "peak_device_memory_mb": on_device}
 
-    def _finish(self, name: str, card: Scorecard, verdict: Verdict | None, done: Mapping[str, Any]) -> None:
+    def _finish(self, name: str, done: Mapping[str, Any]) -> None:
         folder = self.folder.stage(name)
-        write_json(folder / "scorecard.json", card.to_json())
-        write_json(folder / "samples.json", [dict(sample) for sample in card.samples])
-        if verdict is not None:
-            write_json(folder / "verdict.json", verdict.to_json())
+        write_json(folder / "scorecard.json", done["scorecard"])
+        write_json(folder / "samples.json", done["scorecard"]["samples"])
+        if "verdict" in done:
+            write_json(folder / "verdict.json", done["verdict"])
         self.folder.finish(name, done)
         summarise(self.recipe, self.folder, self.channels, "running")
         write_report(self.folder.root)
