@@ -14,10 +14,11 @@ import pytest
 from pipeline.conftest import tiny_recipe
 from posttrain.errors import IntegrityError
 from posttrain.pipeline import measure
-from posttrain.pipeline.registry import open_registry
+from posttrain.pipeline.registry import open_registry, promote_release
 from posttrain.pipeline.run import run_recipe
 from posttrain.recipe import Recipe, parse_recipe
-from posttrain.releases import Channels, Move, Parts, Release
+from posttrain.releases import Channels, Move, Parts, Registry, Release
+from releases.release_making import add_release
 
 
 class Killed(BaseException):
@@ -97,3 +98,16 @@ def test_weights_that_changed_since_they_were_measured_are_not_published(stopped
         file.write(b"\x01")
     with pytest.raises(IntegrityError, match=r"weights/main: .*not those that were measured.*delete the stage's folder"):
         run_recipe(recipe, quiet=True)
+
+
+def test_promoting_says_what_is_stale_before_it_moves_and_a_stray_file_is_no_release(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    old, new = (add_release(registry, tmp_path / "w", fill=fill) for fill in (1.0, 2.0))
+    channels = Channels(registry)
+    channels.promote("production", old, "ann", "first")
+    (registry.releases_folder / "README.txt").write_text("ours")
+    assert promote_release(tmp_path, "production", new, by="ann", why="x", override=False) == [f"production: {old} -> {new}"]
+    (registry.releases_folder / "r-torn").mkdir()
+    with pytest.raises(IntegrityError, match="r-torn"):
+        promote_release(tmp_path, "production", old, by="ann", why="y", override=False)
+    assert channels.current("production") == new

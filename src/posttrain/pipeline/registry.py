@@ -71,12 +71,14 @@ def promote_release(runs: Path, channel: str, release: str, *, by: str, why: str
     if override:
         release = registry.accept(release, Override.now(by, why)).id
     before = channels.pointers().get(channel)
+    stale = (
+        registry.stale_adapters(before, release) if before is not None else ()
+    )  # before the move: what fails here moves nothing
     channels.promote(channel, release, by, why)
-    lines = [f"{channel}: {before or 'nothing'} -> {release}"]
-    if before is not None and before != release:
-        stale = registry.stale_adapters(before, release)
-        lines += [
+    return [
+        f"{channel}: {before or 'nothing'} -> {release}",
+        *(
             f"must be made again on the new parent: {item.id} ({', '.join(filter(None, (item.lineage.stage, item.lineage.tenant)))})"
             for item in stale
-        ]
-    return lines
+        ),
+    ]

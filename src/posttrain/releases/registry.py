@@ -132,8 +132,10 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> RegistryError:
 
 
 def _ids(folder: Path) -> list[str]:
-    """Names of the folders there; hidden ones are builds in progress."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    """Names of the folders there; hidden ones are builds in progress, and a file is nothing of ours."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _is_child(release: Release, of: str) -> bool:
