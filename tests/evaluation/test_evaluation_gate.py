@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -176,6 +177,16 @@ def test_scorecards_of_different_suites_are_compared_unpaired_and_say_so() -> No
     assert verdict.notes["paired"] is False
 
 
+def test_scorecards_of_other_tasks_under_the_same_name_are_not_compared() -> None:
+    parent, candidate = card({"tool_success": bits(20)}), card({"tool_success": bits(50)})
+    one, other = (replace(candidate, tasks_sha256=letter * 64) for letter in "ab")
+    with pytest.raises(DataError, match=r"s, test seed 1: .*the parent on 200 of hash b+, the candidate on 200 of a+.*same file"):
+        decide(other, one, GatePolicy((UP,)))
+    for before in (one, parent):  # the same hash, and an older scorecard that holds none
+        assert decide(replace(before, outcomes=parent.outcomes), one, GatePolicy((UP,))).notes["paired"]
+    assert not decide(replace(other, suite="other"), one, GatePolicy((UP,))).notes["paired"]
+
+
 def test_without_a_parent_only_bounds_can_pass() -> None:
     candidate = card({"tool_success": bits(50)})
     assert not decide(None, candidate, GatePolicy((UP,))).passed
@@ -223,6 +234,9 @@ def test_a_gate_without_targets_is_an_error() -> None:
 def test_a_scorecard_survives_its_json() -> None:
     original = card({"tool_success": bits(20)}, latency=1.0)
     assert Scorecard.from_json(original.to_json()) == original
+    known = replace(original, tasks_sha256="a" * 64)
+    assert Scorecard.from_json(known.to_json()) == known
+    assert Scorecard.from_json({key: value for key, value in known.to_json().items() if key != "tasks_sha256"}) == original
     with pytest.raises(DataError, match="not a scorecard"):
         Scorecard.from_json({"suite": "s"})
 

@@ -249,3 +249,14 @@ def test_a_worlds_suite_is_a_function_of_split_seed_and_kinds() -> None:
     assert first.tasks != other.tasks
     assert [t.kind for t in first.tasks] == ["lookup"] * 3 + ["benign"] * 2
     assert len(Suite.load("finance_ops", n=7).tasks) == 7
+
+
+def test_a_scorecard_holds_the_hash_of_what_the_tasks_ask(tmp_path: Path) -> None:
+    path, row = tmp_path / "mine.jsonl", {"id": "a", "request": "hi", "tenant": "bank_A", "expected": {"refusal": True}}
+    hashes = []
+    for expected in ({"refusal": True}, {"answer": {"decision": "answer"}}, {"refusal": True}):
+        path.write_text(json.dumps({**row, "expected": expected}))
+        loaded = Suite.load(str(path))
+        hashes.append(evaluate(loaded, "c", [(loaded.tasks[0], episode(loaded.tasks[0], answer()), passed())], []).tasks_sha256)
+    assert hashes[0] == hashes[2] != hashes[1]
+    assert hashes[0] == Suite.load(str(path)).sha256

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 
 
+class Killed(BaseException):
+    """As little of the process is left to clean up as when it is killed."""
+
+
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a random Llama and the tiny tokenizer."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.conftest import tiny_recipe
+from pipeline.conftest import Killed, tiny_recipe
 from posttrain.errors import IntegrityError
 from posttrain.pipeline import measure
 from posttrain.pipeline.registry import open_registry, promote_release
@@ -19,10 +19,6 @@ from posttrain.pipeline.run import run_recipe
 from posttrain.recipe import Recipe, parse_recipe
 from posttrain.releases import Channels, Move, Parts, Registry, Release
 from releases.release_making import add_release
-
-
-class Killed(BaseException):
-    """As little of the process is left to clean up as when it is killed."""
 
 
 @pytest.fixture(scope="module")

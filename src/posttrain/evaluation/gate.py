@@ -287,7 +287,17 @@ def _found(card: Scorecard | None, name: str, slice: str | None) -> Metric | Non
 
 
 def _same_tasks(parent: Scorecard, candidate: Scorecard) -> bool:
-    return (parent.suite, parent.split, parent.seed) == (candidate.suite, candidate.split, candidate.seed)
+    """Whether both were measured on one suite. Raises DataError for other tasks under the same name: a comparison would mean nothing."""
+    if (parent.suite, parent.split, parent.seed) != (candidate.suite, candidate.split, candidate.seed):
+        return False
+    before, after = parent.tasks_sha256, candidate.tasks_sha256
+    if before is not None and after is not None and before != after:
+        raise DataError(
+            f"measured on different tasks: the parent on {parent.n} of hash {before[:12]}, the candidate on {candidate.n} of {after[:12]}",
+            where=f"{candidate.suite}, {candidate.split} seed {candidate.seed}",
+            remedy="measure both on the same file, or on as many tasks of the same kinds",
+        )
+    return True
 
 
 def _within(candidate: Scorecard, rule: Target | Guardrail) -> bool:

@@ -45,7 +45,17 @@ def evaluate(
             slices[f"{key}={label}"] = _metrics({n: {t: v for t, v in o.items() if t in chosen} for n, o in outcomes.items()})
     metrics = {**_metrics(outcomes), **(extra or {})}
     return Scorecard(
-        suite.name, suite.split, suite.seed, len(played), candidate, metrics, slices, outcomes, tasks, _samples(played)
+        suite.name,
+        suite.split,
+        suite.seed,
+        len(played),
+        candidate,
+        metrics,
+        slices,
+        outcomes,
+        tasks,
+        _samples(played),
+        suite.sha256,
     )
 
 

@@ -38,7 +38,7 @@ class Scorecard:
 
     `metrics` are over all tasks; `slices["tenant=bank_A"]["tool_success"]` the same by slice. `outcomes["tool_success"]` maps a
     task id to that task's value: two scorecards of the same suite are compared task by task. `tasks` maps a task id to its tenant
-    and kind. `samples` keeps a few answers to read.
+    and kind. `samples` keeps a few answers to read. `tasks_sha256` is of all that the tasks hold (None: written before it was kept).
     """
 
     suite: str
@@ -51,6 +51,7 @@ class Scorecard:
     outcomes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tasks: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     samples: tuple[Mapping[str, Any], ...] = ()
+    tasks_sha256: str | None = None
 
     def metric(self, name: str, slice: str | None = None) -> Metric:
         """The metric, overall or in a slice ('kind=advise'). Raises DataError naming what there is."""
@@ -88,6 +89,7 @@ class Scorecard:
             "outcomes": {name: dict(values) for name, values in self.outcomes.items()},
             "tasks": {name: dict(values) for name, values in self.tasks.items()},
             "samples": [dict(sample) for sample in self.samples],
+            "tasks_sha256": self.tasks_sha256,
         }
 
     @classmethod
@@ -97,7 +99,7 @@ class Scorecard:
             return cls(
                 value["suite"], value["split"], int(value["seed"]), int(value["n"]), value["candidate"], _metrics(value["metrics"]),
                 {name: _metrics(table) for name, table in value["slices"].items()}, value["outcomes"], value.get("tasks", {}),
-                tuple(value.get("samples", ())),
+                tuple(value.get("samples", ())), value.get("tasks_sha256"),
             )  # fmt: skip
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(

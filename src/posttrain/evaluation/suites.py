@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posttrain.agents.world import load_world
+from posttrain.data import dataset_hash
 from posttrain.data.records import Task
 from posttrain.errors import DataError
 from posttrain.evaluation.tasks import read_own_tasks
@@ -16,7 +17,8 @@ _KINDS = ("lookup", "advise", "high_risk", "benign", "reconcile", "tenant_style"
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Named tasks. Two scorecards are compared task by task when name, split and seed are equal. `notes`: what was left out of a file."""
+    """Named tasks. Two scorecards are compared task by task when name, split, seed and `sha256` are equal. `notes`: what was left out of
+    a file."""
 
     name: str
     split: str
@@ -24,6 +26,11 @@ class Suite:
     tasks: tuple[Task, ...]
     world: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that the tasks hold, in their order."""
+        return dataset_hash(self.tasks)
 
     @classmethod
     def load(

@@ -23,37 +23,54 @@ _LIBRARIES = ("posttrain", "torch", "transformers", "peft", "accelerate", "llgui
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """`OUTPUT/NAME`. Opening it with a recipe of another hash is an error: a run's results belong to one recipe."""
+    """`OUTPUT/NAME`. Opening it with a recipe of another hash is an error, and so is going on with other inputs: a run's results belong
+    to one recipe and to what it was started with."""
 
     root: Path
 
     @classmethod
     def open(cls, recipe: Recipe) -> RunFolder:
-        import yaml
-
+        """Nothing is written yet: a run that its checks refuse has not started, and its name stays free."""
         folder = cls(Path(recipe.output) / recipe.name)
         with storage_errors(folder.root):
             folder.root.mkdir(parents=True, exist_ok=True)
-        note = folder.root / "run.json"
-        if note.exists():
-            known = json.loads(note.read_text("utf-8"))
-            if known["recipe_sha256"] != recipe.hash:
-                raise RecipeError(
-                    "this run was started with another recipe",
-                    where=str(folder.root),
-                    value=recipe.hash[:12],
-                    remedy="give the run another name (name=...), or delete its folder",
-                )
-        else:
-            write_text(
-                folder.root / "recipe.resolved.yaml", yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+        if folder._note().get("recipe_sha256", recipe.hash) != recipe.hash:
+            raise RecipeError(
+                "this run was started with another recipe",
+                where=str(folder.root),
+                value=recipe.hash[:12],
+                remedy="give the run another name (name=...), or delete its folder",
             )
-            write_json(note, {"recipe_sha256": recipe.hash, "versions": versions()})
         return folder
+
+    def start(self, recipe: Recipe, inputs: Mapping[str, Mapping[str, str]]) -> None:
+        """Note what the run starts with, or raise RecipeError where it is something else than when it was started. inputs: what the
+        recipe only names, by the key that names it: `source` and the `sha256` of its content."""
+        import yaml
+
+        note = self._note()
+        for key, known in note.get("inputs", {}).items():
+            if inputs[key]["sha256"] != known["sha256"]:
+                raise RecipeError(
+                    f"{inputs[key]['source']} is not what this run was started with",
+                    where=key,
+                    value=inputs[key]["sha256"][:12],
+                    remedy=f"put back what had the hash {known['sha256'][:12]}, or give the run another name (name=...)",
+                )
+        if not note:
+            resolved = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+            write_text(self.root / "recipe.resolved.yaml", resolved)
+        if "inputs" not in note:  # runs of earlier versions did not note them
+            started = {"recipe_sha256": recipe.hash, "versions": versions(), **note}
+            write_json(self.root / "run.json", {**started, "inputs": {key: dict(value) for key, value in inputs.items()}})
+
+    def _note(self) -> dict[str, Any]:
+        path = self.root / "run.json"
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     @property
     def versions(self) -> dict[str, str]:
-        return dict(json.loads((self.root / "run.json").read_text("utf-8"))["versions"])
+        return dict(self._note()["versions"])
 
     @property
     def report(self) -> Path:

@@ -91,6 +91,7 @@ class _Run:
         contract = Contract.load(resolve_base(self.recipe.base))
         for stage in self.recipe.stages:
             check_material(stage, material[stage.name], Renderer(contract, self.renderings), self.console)
+        self.folder.start(self.recipe, self._inputs(material))
         road = self._base()
         for stage in self.recipe.stages:
             road = self._stage(stage, material[stage.name], road)
@@ -98,6 +99,16 @@ class _Run:
         page = write_report(self.folder.root)
         self.console.finished(summary, page, self.recipe)
         return summary.to_json()
+
+    def _inputs(self, material: Mapping[str, Material]) -> dict[str, dict[str, str]]:
+        """What the recipe only names, and the hash of what is there now."""
+        wanted, world = self.recipe.evaluation, self.recipe.world
+        found = {
+            "base": (self.recipe.base, self.parents.base_weights().fingerprint),
+            "evaluation.suite" if wanted.suite else "evaluation": (wanted.suite or world, self.measurer.suite.sha256),
+            **{f"stages.{s.name}.data": (s.data.path or world, sha256_of(material[s.name].hashes)) for s in self.recipe.stages},
+        }
+        return {key: {"source": source, "sha256": sha256} for key, (source, sha256) in found.items()}
 
     def _base(self) -> Road:
         """Measure the base once: every stage is shown beside it."""
