@@ -12,7 +12,8 @@ import pytest
 from pipeline.conftest import Killed, make_base, tiny_recipe
 from posttrain.agents.world import load_world
 from posttrain.data import write_jsonl
-from posttrain.errors import RecipeError, StorageError
+from posttrain.errors import RecipeError, RegistryError, StorageError
+from posttrain.pipeline.checks import check_recipe
 from posttrain.pipeline.run import _Run, run_recipe
 from posttrain.recipe import Recipe, parse_recipe
 
@@ -89,6 +90,65 @@ def test_a_run_that_an_earlier_version_began_goes_on_and_is_pinned_from_then(
     with pytest.raises(Killed):
         run_recipe(of_files(begun, tmp_path / "runs"), quiet=True)
     assert json.loads(note.read_text()) == noted
+
+
+def asking(**gate: Any) -> dict[str, Any]:
+    return {"gate": {"targets": [{"metric": "schema_validity_constrained", "at_least": 0.0}], **gate}}
+
+
+@pytest.mark.parametrize(
+    ("top", "stage", "evaluation", "said"),
+    [
+        ({"channel": "prod eu"}, {}, {}, ("channel", "'prod eu'", "letters, digits")),
+        ({"channel": "e" * 120}, {}, {}, ("channel", "-retail_B'", "at most 128")),
+        (
+            {},
+            asking(guardrails=[{"metric": "high_risk_refusal", "max_drop": 0.03}]),
+            {},
+            ("stages.sft.gate.guardrails[0]", "'high_risk_refusal'", "add high-risk tasks to `evaluation`"),
+        ),
+        ({}, asking(proxy="false_refusal"), {"kinds": {"high_risk": 2}}, ("stages.sft.gate.proxy", "tasks without high risk")),
+        (
+            {},
+            asking(targets=[{"metric": "tool_success", "slice": "tenant=bank_a"}]),
+            {},
+            ("stages.sft.gate.targets[0]", "'tenant=bank_a'", "did you mean bank_A?"),
+        ),
+        (
+            {},
+            asking(targets=[{"metric": "tool_success", "slice": "kind=pay"}]),
+            {"kinds": {}, "suite": "SUITE"},
+            ("stages.sft.gate.targets[0]", "known: task"),
+        ),
+        (
+            {},
+            asking(targets=[{"metric": "schema_validity_free", "slice": "kind=benign"}]),
+            {"free": 1},
+            ("stages.sft.gate.targets[0]", "none of the 1 turns", "evaluation.free"),
+        ),
+        ({}, {"kind": "adapters"}, {"kinds": {}, "suite": "SUITE"}, ("stages.sft.kind", "task t0", "bank_A, retail_B, saas_C")),
+    ],
+)
+def test_what_the_suite_cannot_answer_is_refused_by_check_and_before_anything_is_measured(
+    top: dict[str, Any],
+    stage: dict[str, Any],
+    evaluation: dict[str, Any],
+    said: tuple[str, ...],
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    suite = write_suite(tmp_path / "suite.jsonl", tenant=None)
+    whole = tiny_recipe(tiny_base, tmp_path / "runs", **top)
+    asked = {**whole["evaluation"], "kinds": {"lookup": 2, "benign": 2}, **evaluation}
+    whole["evaluation"] = {key: str(suite) if value == "SUITE" else value for key, value in asked.items()}
+    whole["stages"] = [{**whole["stages"][0], **stage}]
+    monkeypatch.setattr(_Run, "_base", lambda _: pytest.fail("the base was measured"))
+    for command in (lambda: list(check_recipe(parse_recipe(whole))), lambda: run_recipe(parse_recipe(whole), quiet=True)):
+        with pytest.raises((RecipeError, RegistryError)) as caught:
+            command()
+        assert [part for part in said if part not in str(caught.value)] == [], caught.value
+    assert not list(tmp_path.rglob("run.json"))
 
 
 def test_a_run_that_was_refused_has_not_started(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from posttrain.agents.world import load_world
+from posttrain.agents.world import World, load_world
 from posttrain.contract import Contract, preflight
 from posttrain.contract.rendering import Renderer
-from posttrain.errors import RecipeError, StorageError
+from posttrain.data.records import Task
+from posttrain.errors import RecipeError, StorageError, nearest_of
 from posttrain.evaluation import Suite
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
+from posttrain.pipeline.measure import spread
+from posttrain.pipeline.publish import channel_of
 from posttrain.policy.base import free_bytes, resolve_base
 from posttrain.policy.policy import Policy
-from posttrain.recipe import Recipe, StageRecipe, stage_options
+from posttrain.recipe import Recipe, StageRecipe, gate_policy, stage_options
+from posttrain.releases.channels import check_channel_name
 from posttrain.stages.distill import DistillOptions, check_layers
 from posttrain.stages.distill import check as check_student
 from posttrain.stages.reason import ReasonOptions, check_tasks
@@ -35,17 +39,78 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
     yield f"base: {folder} ({contract.template.name}, {contract.vocabulary_size} tokens)"
     check_students(recipe, folder)
     check_disk(recipe, folder)
+    world, suite = check_measured(recipe)
     yield f"disk: {free_bytes(Path(recipe.output)) / 1e9:.1f} GB free"
-    world = load_world(recipe.world)
     for stage in recipe.stages:
         material = gather(stage, world, recipe.seed)
         yield from material.notes
         yield f"stage {stage.name}: {check_material(stage, material, Renderer(contract))}"
-    wanted = recipe.evaluation
-    suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
     yield from suite.notes
     longest = max((len(contract.prompt_ids(task.messages, task.tools)) for task in suite.tasks), default=0)
     yield f"suite: {len(suite.tasks)} tasks, longest prompt {longest} tokens"
+
+
+def check_measured(recipe: Recipe) -> tuple[World, Suite]:
+    """The world, and the suite that every candidate is measured on. Raise RecipeError for a gate that no scorecard of that suite could
+    answer, for tasks that no tenant's adapter would, and RegistryError for channels that could not be moved."""
+    world, wanted = load_world(recipe.world), recipe.evaluation
+    for channel in (recipe.channel, *(channel_of(recipe, tenant) for tenant in world.tenants)):
+        check_channel_name(channel)
+    suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
+    for stage in recipe.stages:
+        where, policy = f"stages.{stage.name}", gate_policy(stage)
+        asked = [(f"{where}.gate.targets[{i}]", target.metric, target.slice) for i, target in enumerate(policy.targets)]
+        asked += [(f"{where}.gate.guardrails[{i}]", guard.metric, guard.slice) for i, guard in enumerate(policy.guardrails)]
+        asked += [(f"{where}.gate.proxy", policy.proxy, None)] if policy.proxy else []
+        for place, metric, slice in asked:
+            _check_asked(suite, wanted.free, place, metric, slice)
+        if stage.kind == "adapters":
+            _check_tenants(suite, world, where)
+    return world, suite
+
+
+# metrics that are of some tasks only; of the others, what a verifier finds decides
+_OF_SOME: dict[str, tuple[str, Callable[[Task], bool]]] = {
+    "high_risk_refusal": ("high-risk tasks", lambda task: task.high_risk),
+    "false_refusal": ("tasks without high risk", lambda task: not task.high_risk),
+}
+
+
+def _check_asked(suite: Suite, free: int, where: str, metric: str, slice: str | None) -> None:
+    tasks = list(suite.tasks)
+    if slice is not None:
+        key, _, label = slice.partition("=")
+        tasks = [task for task in tasks if getattr(task, key) == label]
+        if not tasks:
+            known = sorted({str(getattr(task, key)) for task in suite.tasks} - {"None"})
+            raise RecipeError("no task of the suite is in this slice", where=where, value=slice, remedy=nearest_of(label, known))
+    if metric in _OF_SOME:
+        needed, applies = _OF_SOME[metric]
+        if not any(map(applies, tasks)):
+            raise RecipeError(
+                f"no task of {slice or 'the suite'} is measured by it",
+                where=where,
+                value=metric,
+                remedy=f"add {needed} to `evaluation`, or leave it out",
+            )
+    if metric == "schema_validity_free" and not {task.id for task in tasks} & {task.id for task in spread(suite.tasks, free)}:
+        raise RecipeError(
+            f"none of the {free} turns drawn without a grammar is in this slice",
+            where=where,
+            value=slice,
+            remedy="raise evaluation.free",
+        )
+
+
+def _check_tenants(suite: Suite, world: World, where: str) -> None:
+    for task in suite.tasks:
+        if task.tenant not in world.tenants:
+            raise RecipeError(
+                f"no tenant's adapter would answer the suite's task {task.id}",
+                where=f"{where}.kind",
+                value=task.tenant,
+                remedy=f"give every task one of {', '.join(world.tenants)}",
+            )
 
 
 def check_students(recipe: Recipe, base: Path) -> None:

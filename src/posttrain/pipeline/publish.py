@@ -27,6 +27,11 @@ from posttrain.releases.lineage import plain, verdict_from_json
 PRODUCTION = "production"
 
 
+def channel_of(recipe: Recipe, tenant: str) -> str:
+    """A tenant's channel bears its name; a run on another channel than production must not move what the tenant is served."""
+    return tenant if recipe.channel == PRODUCTION else f"{recipe.channel}-{tenant}"
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A stage's evidence: what it was measured at, and what the gate said."""
@@ -110,17 +115,17 @@ class Publisher:
         """The recipe's channel and every tenant's follow the road; a tenant's own adapter moves only that tenant's channel. A channel
         that has been at its release is left where it is: since then somebody may have moved it on purpose."""
         by, why = f"run {self.recipe.name}", f"stage {stage}: real gain"
-        moves = {self._channel_of(tenant): release for tenant, release in ids.items() if tenant != MAIN}
+        moves = {channel_of(self.recipe, tenant): release for tenant, release in ids.items() if tenant != MAIN}
         if MAIN in ids:
-            moves = {self.recipe.channel: ids[MAIN], **{self._channel_of(t): ids[MAIN] for t in self.world.tenants}, **moves}
+            moves = {
+                self.recipe.channel: ids[MAIN],
+                **{channel_of(self.recipe, t): ids[MAIN] for t in self.world.tenants},
+                **moves,
+            }
         moved = {(move.channel, move.release) for move in self.channels.history()}
         for channel, release in moves.items():
             if (channel, release) not in moved:
                 self.channels.promote(channel, release, by, why)
-
-    def _channel_of(self, tenant: str) -> str:
-        """A tenant's channel bears its name; a run on another channel than production must not move what the tenant is served."""
-        return tenant if self.recipe.channel == PRODUCTION else f"{self.recipe.channel}-{tenant}"
 
     def _lineage(
         self, stage: StageRecipe, name: str, pulled: Pulled, started: tuple[Weights, Weights], measured: Measured

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.agents import World, load_world
 from posttrain.contract import Contract
 from posttrain.contract.rendering import Renderer
-from posttrain.evaluation import RunSummary, Scorecard, Suite, decide
+from posttrain.evaluation import RunSummary, Scorecard, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
 from posttrain.pipeline.assist import Order, assist, call
-from posttrain.pipeline.checks import check_disk, check_material, check_sharding, check_students
+from posttrain.pipeline.checks import check_disk, check_material, check_measured, check_sharding, check_students
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.folder import Clock, RunFolder, forget_peak_memory, peak_memory_mb
 from posttrain.pipeline.material import Material, gather
@@ -74,16 +73,14 @@ class _Run:
         check_students(recipe, resolve_base(recipe.base))
         check_disk(recipe, resolve_base(recipe.base))
         check_sharding(recipe)
-        self.world: World = load_world(recipe.world)
+        self.world, suite = check_measured(recipe)
         output = Path(recipe.output)
         self.registry = Registry(output / "registry")
         self.channels = Channels(self.registry)
         self.parents = Parents(self.registry, recipe.base, output / "weights", self.dtype)
         self.publisher = Publisher(recipe, self.world, self.registry, self.channels, folder)
         self.renderings = output / "rendered"
-        wanted = recipe.evaluation
-        suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
-        self.measurer = Measurer(wanted, self.world, suite, console)
+        self.measurer = Measurer(recipe.evaluation, self.world, suite, console)
 
     def go(self) -> dict[str, Any]:
         # all data of all stages first: a malformed or over-long record must not be found after an hour of training

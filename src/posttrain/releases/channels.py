@@ -218,11 +218,16 @@ def _head(view: Path) -> Head:
         ) from error
 
 
-def _check_move(channel: str, by: str, why: str) -> None:
+def check_channel_name(channel: str) -> None:
+    """Raises RegistryError for what no channel can be called."""
     if not _NAME.fullmatch(channel):
         raise RegistryError(
             "not a channel name", where="channel", value=channel, remedy="letters, digits and . _ / - only, at most 128"
         )
+
+
+def _check_move(channel: str, by: str, why: str) -> None:
+    check_channel_name(channel)
     for name, value in (("by", by), ("why", why)):
         if not value.strip():
             raise RegistryError(
