@@ -63,6 +63,20 @@ def test_merging_into_bfloat16_weights_gives_what_merging_into_float32_gives() -
     assert wide.fingerprint == narrow.fingerprint
 
 
+def test_merging_is_of_the_stored_weights_whatever_type_computes(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)  # in float32
+    merged = []
+    for dtype in (torch.float32, torch.bfloat16):
+        policy = Policy.load(tmp_path, dtype)
+        policy.add_adapter("main", LoraOptions(rank=4), 1)
+        generator = torch.Generator().manual_seed(1)
+        for _, parameter in sorted(policy.adapter_parameters("main").items()):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator).mul(0.1).bfloat16())
+        merge_adapter(policy, "main")
+        merged.append(policy.fingerprint)
+    assert merged[0] == merged[1]
+
+
 def test_merging_moves_the_fingerprint_and_it_is_stable_over_save_and_load(tmp_path: Path) -> None:
     policy = adapted()
     before = policy.fingerprint

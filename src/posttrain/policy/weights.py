@@ -78,13 +78,16 @@ class MergeParity:
 
 @torch.no_grad()
 def merge_adapter(policy: Any, name: str) -> None:
-    """W <- round_bf16(W + s B A), added in fp32 and rounded once (objectives.md 2.1); the adapters are dropped afterwards.
+    """W <- round_bf16(W + s B A), added in fp32 and rounded once (objectives.md 2.1); the adapters are dropped afterwards. W is what its
+    fingerprint is of, the weights in bf16: where they are stored in fp32, the type they are computed in must not decide.
 
     Raises BindingError on a quantised base: what was rounded to four bits is not the parent the adapter is released on."""
     if policy.quantised:
         raise BindingError(
             "an adapter is never merged into quantised weights", where=name, remedy="load it on its dense parent and merge there"
         )
+    for parameter in base_parameters(policy.base).values():
+        parameter.copy_(parameter.to(torch.bfloat16))
     for module in policy.model.modules():
         if name in getattr(module, "lora_A", {}):
             weight = module.get_base_layer().weight
