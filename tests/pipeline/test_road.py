@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from pipeline.conftest import make_base, tiny_recipe
 from posttrain.errors import BindingError, ContractError, DataError, RecipeError, RegistryError
 from posttrain.pipeline.evaluating import evaluate_target, load_target
+from posttrain.pipeline.parents import Parents
 from posttrain.pipeline.registry import open_registry, promote_release, registry_lines, registry_view
 from posttrain.pipeline.run import run_recipe
 from posttrain.policy import Policy
@@ -117,6 +119,19 @@ def test_a_release_is_measured_again_beside_the_weights_it_came_from(road: tuple
     assert again.candidate == student
     assert again.metrics["latency_ratio"].n > 0
     assert again.metrics["kl_to_parent"].value > 0  # two of four layers
+
+
+def test_a_release_is_not_measured_beside_another_base_than_its_own(
+    road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path
+) -> None:
+    other = make_base(tmp_path / "other", initializer_range=0.2)
+    registry, _ = open_registry(road[0])
+    adapter = registry.get(road[1]["stages"][0]["releases"]["main"])
+    dense = replace(adapter, lineage=replace(adapter.lineage, kind=Kind.DENSE, weights="a" * 64))
+    parents = Parents(registry, str(other), tmp_path / "weights", None)
+    for look in (lambda: parents.runs_on(adapter), lambda: parents.origin(dense)):
+        with pytest.raises(BindingError, match=rf"other is not the base it was trained on.*--base {tiny_base}"):
+            look()
 
 
 def test_what_is_no_release_channel_or_base_is_said_to_be_neither(road: tuple[Path, dict[str, Any]], tiny_base: Path) -> None:

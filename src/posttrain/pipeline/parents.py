@@ -48,20 +48,20 @@ class Parents:
         """The weights a release is loaded on: its own when dense, else the exact parent it is bound to."""
         if release.lineage.kind is Kind.DENSE:
             return Weights(release.folder, release.runs_on, release.id)
-        weights = self.origin(release)
-        if weights.fingerprint != release.runs_on:
-            raise BindingError(
-                "the parent weights are not the ones the adapter was trained on",
-                where=release.id,
-                value=weights.fingerprint,
-                remedy=f"restore the weights with fingerprint {release.runs_on}",
-            )
-        return weights
+        return self.origin(release)
 
     def origin(self, release: Release) -> Weights:
-        """The weights a release's training started from."""
-        parent = release.lineage.parent.release
-        return self.base_weights() if parent is None else self.merged(self.registry.get(parent))
+        """The weights a release's training started from. Raises BindingError where others are found."""
+        parent, base = release.lineage.parent, release.lineage.base
+        weights = self.base_weights() if parent.release is None else self.merged(self.registry.get(parent.release))
+        if weights.fingerprint == parent.fingerprint:
+            return weights
+        if parent.release is None:
+            what, remedy = f"{self.base} is not the base it was trained on", f"name its own (--base {base}), with the weights of"
+        else:
+            what, remedy = f"the weights merged from {parent.release} are not those it was trained on", "restore the weights of"
+        remedy = f"{remedy} fingerprint {parent.fingerprint}"
+        raise BindingError(what, where=release.id, value=weights.fingerprint, remedy=remedy)
 
     def merged(self, release: Release) -> Weights:
         """The weights children of a release start from: its adapter merged in fp32 and rounded once; a dense release is itself."""
