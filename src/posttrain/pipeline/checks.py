@@ -57,6 +57,13 @@ def check_measured(recipe: Recipe) -> tuple[World, Suite]:
     for channel in (recipe.channel, *(channel_of(recipe, tenant) for tenant in world.tenants)):
         check_channel_name(channel)
     suite = Suite.load(wanted.suite or recipe.world, split=wanted.split, seed=wanted.seed, kinds=wanted.kinds or None, n=96)
+    if suite.world not in (None, world.name):
+        raise RecipeError(
+            f"the suite's tasks are of another world than the run, {world.name}",
+            where="evaluation.suite",
+            value=suite.world,
+            remedy="set `world` to the suite's, or choose a suite of this one",
+        )
     for stage in recipe.stages:
         where, policy = f"stages.{stage.name}", gate_policy(stage)
         asked = [(f"{where}.gate.targets[{i}]", target.metric, target.slice) for i, target in enumerate(policy.targets)]

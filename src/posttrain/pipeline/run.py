@@ -83,6 +83,7 @@ class _Run:
         self.measurer = Measurer(recipe.evaluation, self.world, suite, console)
 
     def go(self) -> dict[str, Any]:
+        self.console.notes(self.measurer.suite.notes)
         # all data of all stages first: a malformed or over-long record must not be found after an hour of training
         material = {stage.name: gather(stage, self.world, self.recipe.seed) for stage in self.recipe.stages}
         contract = Contract.load(resolve_base(self.recipe.base))
