@@ -14,11 +14,11 @@ from posttrain.agents.world import load_world
 from posttrain.contract import Contract
 from posttrain.contract.rendering import Renderer
 from posttrain.data import write_jsonl
-from posttrain.errors import DataError, RecipeError
+from posttrain.errors import DataError, PosttrainError, RecipeError
 from posttrain.evaluation import Suite
-from posttrain.pipeline.checks import check_material, check_recipe
+from posttrain.pipeline.checks import check_material, check_recipe, check_tenants
 from posttrain.pipeline.console import Console
-from posttrain.pipeline.material import gather
+from posttrain.pipeline.material import Material, gather
 from posttrain.recipe import DataOptions, StageRecipe, parse_recipe
 
 WORLD = load_world("finance_ops")
@@ -76,6 +76,12 @@ def test_a_record_of_nobody_is_refused_where_adapters_are_made_by_tenant(tmp_pat
     write_jsonl(path, [*records[:5], replace(records[5], tenant=None)])
     with pytest.raises(RecipeError, match=r"mine\.jsonl: record .*tenant.*bank_A, retail_B, saas_C"):
         gather(stage("adapters", path=str(path)), WORLD, 1)
+
+
+@pytest.mark.parametrize(("tenant", "said"), [("acme.com", "no adapter can have this name"), ("main", "of all tenants")])
+def test_a_tenant_no_adapter_can_be_called_after_is_refused_before_anything_is_trained(tenant: str, said: str) -> None:
+    with pytest.raises(PosttrainError, match=rf"stages\.it: tenant.*{said}.*{tenant}"):
+        check_tenants(Material(tenants={"bank_A": [], tenant: []}), "stages.it: tenant")
 
 
 def test_a_file_gives_what_it_holds_and_a_student_plays_tasks_beside_it(file: str) -> None:

@@ -168,6 +168,32 @@ def test_one_adapters_name_inside_anothers_does_not_mix_their_parameters(policy:
     assert {p.shape[0] for name, p in policy.adapter_parameters("bank_a").items() if "lora_A" in name} == {3}
 
 
+def test_an_adapter_called_like_a_part_of_the_model_holds_its_own_parameters_only(policy: Policy, tmp_path: Path) -> None:
+    names = ("1", "2", "mlp", "q_proj", "lora_A", "weight")
+    seen = {}
+    for seed, name in enumerate(names):
+        policy.add_adapter(name, LoraOptions(rank=2), seed)
+        for parameter in policy.adapter_parameters(name).values():
+            parameter.data.copy_(torch.randn_like(parameter).bfloat16() / 8)
+        seen[name] = logprobs(policy)
+    for name in names:
+        own = policy.adapter_parameters(name)
+        assert len(own) == 3 * 7 * 2 and all(f".lora_{side}.{name}." in key for key, side in zip(own, "AB" * 21, strict=True))
+        policy.save_adapter(name, tmp_path / name, "owner/base")  # beside all the others
+        fresh = Policy(tiny_model())
+        fresh.load_adapter(name, tmp_path / name, policy.fingerprint)
+        assert torch.equal(logprobs(fresh), seen[name]), name
+
+
+@pytest.mark.parametrize("name", ["", "acme.com", "forward"])
+def test_a_name_that_no_adapter_can_have_is_refused(policy: Policy, name: str, tmp_path: Path) -> None:
+    with pytest.raises(BindingError, match="no adapter can have this name"):
+        policy.add_adapter(name, LoraOptions(rank=2), 1)
+    with pytest.raises(BindingError, match="no adapter can have this name"):
+        policy.load_adapter(name, tmp_path)
+    assert policy.adapters == ()
+
+
 def test_an_adapter_the_policy_does_not_hold_is_refused_by_name(policy: Policy) -> None:
     policy.add_adapter("main", LoraOptions(rank=2), 1)
     with pytest.raises(BindingError, match=r"no such adapter.*loaded: main"):

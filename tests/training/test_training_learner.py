@@ -93,6 +93,17 @@ def test_training_lowers_the_loss_and_leaves_the_base_bit_for_bit_as_it_was() ->
         assert float(-it.policy.logprobs(Pack.of(SEQUENCES)).mean()) == pytest.approx(first, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", ["1", "mlp"])
+def test_an_adapter_called_like_a_part_of_the_model_does_not_train_the_base(name: str) -> None:
+    policy = Policy(tiny_model())
+    before = {key: p.detach().clone() for key, p in base_parameters(policy.base).items()}
+    policy.add_adapter(name, LoraOptions(rank=2), seed=1)
+    it = Learner.for_adapter(policy, name, STEADY, 1)
+    it.forward_backward([Pack.of(SEQUENCES)], cross_entropy(TOTAL))
+    it.step()
+    assert all(torch.equal(p, before[key]) for key, p in base_parameters(policy.model).items())
+
+
 def test_only_the_named_adapter_trains() -> None:
     policy = Policy(tiny_model())
     policy.add_adapter("other", LoraOptions(rank=2), seed=2)

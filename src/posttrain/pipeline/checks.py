@@ -18,7 +18,9 @@ from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.pipeline.measure import spread
 from posttrain.pipeline.publish import channel_of
+from posttrain.pipeline.pull import MAIN
 from posttrain.policy.base import free_bytes, resolve_base
+from posttrain.policy.lora import check_adapter_name
 from posttrain.policy.policy import Policy
 from posttrain.recipe import Recipe, StageRecipe, gate_policy, stage_options
 from posttrain.releases.channels import check_channel_name
@@ -166,6 +168,16 @@ def check_disk(recipe: Recipe, base: Path) -> None:
         )
 
 
+def check_tenants(material: Material, where: str) -> None:
+    """Raise BindingError when an adapter cannot be called as its tenant is, RecipeError when it would be taken for everyone's."""
+    for tenant in material.tenants:
+        check_adapter_name(tenant, where)
+        if tenant == MAIN:
+            raise RecipeError(
+                "is what a stage calls the adapter of all tenants", where=where, value=MAIN, remedy="rename the tenant"
+            )
+
+
 def check_material(stage: StageRecipe, material: Material, renderer: Renderer, console: Console | None = None) -> str:
     """Render and check every record of a stage; a line that says what there is. A console is told what was left out of a file."""
     options = stage_options(stage)
@@ -173,6 +185,7 @@ def check_material(stage: StageRecipe, material: Material, renderer: Renderer, c
         check_tasks(options, material.tasks, where=f"stages.{stage.name}.data")
     if console is not None:
         console.notes(material.notes)
+    check_tenants(material, where=f"stages.{stage.name}: tenant")
     limit = int(getattr(options, "max_tokens", 1 << 20))
     sets, pairs = [material.conversations, *material.tenants.values()], material.preferences
     total = sum(map(len, sets)) + len(pairs)

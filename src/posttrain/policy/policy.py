@@ -18,6 +18,7 @@ from posttrain.policy.attention import NAME, TreeAttention
 from posttrain.policy.fused import Mix, forget_merged, install, is_simple
 from posttrain.policy.head import Head
 from posttrain.policy.inference import Inference
+from posttrain.policy.lora import check_adapter_name, lora_layers, own_parameters
 from posttrain.policy.pack import Pack
 from posttrain.policy.quantised import quantise
 from posttrain.policy.recompute import Recompute, wrap
@@ -141,7 +142,8 @@ class Policy:
         """A fresh adapter: A Kaiming-uniform, B zero, so the policy starts equal to its base bit for bit.
 
         With `options.base` 'nf4' the base is quantised first, for as long as this policy lives: BindingError when it holds an adapter
-        of the dense base."""
+        of the dense base, or for a name that no adapter can have."""
+        check_adapter_name(name)
         if options.base == "nf4" and not self.quantised:
             self._quantise()
         from peft import LoraConfig, get_peft_model
@@ -215,7 +217,8 @@ class Policy:
         self.quantised = True
 
     def load_adapter(self, name: str, folder: Path, expected_parent: str | None = None) -> None:
-        """Load a PEFT folder under `name`; refuse it when it was trained on other weights than these."""
+        """Load a PEFT folder under `name`; refuse it when it was trained on other weights than these. Raises BindingError."""
+        check_adapter_name(name)
         if expected_parent is not None and expected_parent != self.fingerprint:
             raise BindingError(
                 "the adapter was trained on another parent",
@@ -238,13 +241,13 @@ class Policy:
 
     def save_adapter(self, name: str, folder: Path, base_name: str) -> None:
         """Write a PEFT folder (adapter_config.json, adapter_model.safetensors in bf16)."""
-        from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
+        # not PEFT's own selection, which takes a layer for another adapter's where their names are alike ("layers.1", adapter "1")
         state = {
-            key: value.detach().to(torch.bfloat16).contiguous()
-            for key, value in get_peft_model_state_dict(self.model, adapter_name=name).items()
+            f"{place}.{inner}": parameter.detach().to(torch.bfloat16).contiguous()
+            for place, inner, parameter in own_parameters(self.model, name)
         }
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = self.model.peft_config[name]
@@ -253,7 +256,8 @@ class Policy:
         config.base_model_name_or_path, config.inference_mode = previous, False
 
     def adapter_parameters(self, name: str) -> dict[str, nn.Parameter]:
-        return {key: p for key, p in self.model.named_parameters() if f".{name}." in key}
+        """The adapter's own parameters by their full names, never the base's, however the adapter is called."""
+        return {f"{place}.{name}.{inner}": parameter for place, inner, parameter in own_parameters(self.model, name)}
 
     def drop_adapter(self, name: str) -> None:
         """Forget one adapter; the others stay. BindingError when it is not there."""
@@ -312,11 +316,7 @@ class Policy:
         return name is None or all(is_simple(layer, name) and not layer.merged for layer in layers)
 
     def _lora_layers(self) -> list[Any]:
-        if not self.adapters:
-            return []
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        return [layer for _, layer in lora_layers(self.model)] if self.adapters else []
 
     @contextmanager
     def only_base(self) -> Iterator[None]:

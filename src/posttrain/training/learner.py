@@ -96,7 +96,9 @@ class Learner:
     @classmethod
     def for_adapter(cls, policy: Policy, name: str, options: OptimiserOptions, total_steps: int) -> Learner:
         policy.use(name)
-        return cls(policy, policy.adapter_parameters(name), options, total_steps)
+        parameters = policy.adapter_parameters(name)
+        assert all(".lora_" in key for key in parameters), "an adapter is trained beside the base, never the base itself"
+        return cls(policy, parameters, options, total_steps)
 
     def forward_backward(self, packs: Iterable[Pack], objective: Objective) -> dict[str, float]:
         """Accumulate gradients of sum(objective(pack)) over packs; each objective divides by the global count itself
