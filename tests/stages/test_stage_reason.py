@@ -149,6 +149,26 @@ def test_groups_in_which_all_score_alike_teach_nothing_and_cost_no_pass(shop: Sh
     assert all(not p.any() for n, p in bench.policy.adapter_parameters("main").items() if "lora_B" in n)
 
 
+def test_a_penalty_to_the_parent_holds_where_all_of_a_group_score_alike(shop: Shop) -> None:
+    """objectives.md 5.4: k3 is of all completions of the group, whatever their advantage."""
+    bench = shop.bench()
+    digits, seen = likes_digits(bench.contract), []
+
+    def judge(episode: Episode) -> Judgement | None:
+        seen.append(episode)
+        if len(seen) <= 2 * 16:  # two steps move the policy, after which every answer is as good
+            return digits(episode)
+        return None if len(seen) % 16 == 0 else Judgement(True, 0.7)
+
+    toy = Toy(bench, judge)
+    reason.run(replace(OPTIONS, grpo=replace(GRPO, steps=3, beta=0.5)), tasks(6), toy, bench)
+    last = shop.notes.lines[-1][2]
+    assert last["groups_with_signal"] == 0.0 and last["grad_norm"] > 0
+    judged = [e for e, j in toy.played[-1] if j is not None]
+    assert len(judged) == 15 and last["tokens"] == sum(len(e.turns[0].ids) for e in judged)
+    assert last["loss"] == pytest.approx(0.5 * last["kl_sum"] / (3 * 16), rel=1e-4)  # three tokens each, over all completions
+
+
 def test_episodes_nobody_could_judge_are_left_out_of_their_group_and_of_the_update(shop: Shop) -> None:
     bench = shop.bench()
     digits = likes_digits(bench.contract)

@@ -45,8 +45,9 @@ class CollectOptions:
 @dataclass(frozen=True, slots=True)
 class GrpoOptions:
     """advantage: 'grpo' (r - mean) / (std + eps) with the seq-mean-token-mean loss, as the paper; 'centred' r - mean with the constant
-    length divisor (Dr.GRPO), the chapter's form. beta weighs the k3 penalty to the parent; max_kl stops the stage when the mean k3
-    estimate to the parent, nats per token, exceeds it (None: never). One update per rollout."""
+    length divisor (Dr.GRPO), the chapter's form. beta weighs the k3 penalty to the parent, of every judged completion; max_kl stops the
+    stage when the mean k3 estimate to the parent, nats per token of the completions in the update, exceeds it (None: never). One
+    update per rollout; without beta it leaves out completions whose advantage is 0, as they would not move anything."""
 
     steps: Whole = 6
     tasks: Count = 8
@@ -138,7 +139,9 @@ def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Work
         with bench.clock("sample"), bench.policy.gathered():
             played = play(chosen, options.group, derive(bench.seed, "rollout", step), name)
         advantages, rewards = group_advantages(options, [judgement for _, judgement in played])
-        live = [i for i in range(len(played)) if advantages[i] != 0 and played[i][0].turns]
+        # without an advantage a completion has the KL term only
+        teaches = ~rewards.isnan() if options.beta != 0 else advantages != 0
+        live = [i for i in range(len(played)) if teaches[i] and played[i][0].turns]
         judged = rewards[~rewards.isnan()]
         metrics = {
             **({"reward": float(judged.mean())} if len(judged) else {}),
@@ -170,8 +173,8 @@ def work_of(
     pack_tokens: int,
     rows: int,
 ) -> Work:
-    """One update over `rows` completions, of which `sequences` are those with an advantage; old[i] are the sampler's log-probabilities
-    of sequence i's learned tokens. The reference is computed only where a KL term or a limit asks for it."""
+    """One update over `rows` completions, of which `sequences` are those with a term of the loss; old[i] are the sampler's
+    log-probabilities of sequence i's learned tokens. The reference is computed only where a KL term or a limit asks for it."""
     packs = fill_packs(sequences, pack_tokens)
     wanted = options.beta != 0 or options.max_kl is not None
     references = {pack.members: values for pack, values in learner.reference_logprobs(packs)} if wanted else {}
