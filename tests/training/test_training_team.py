@@ -81,6 +81,16 @@ def test_each_process_holds_its_share_of_the_blocks_and_gathers_all_on_request(t
     assert held["difference"] < 1e-5  # of a pass that one process ran alone
 
 
+@pytest.fixture(scope="module")
+def edges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found: dict[str, Any] = launched("edges", tmp_path_factory.mktemp("edges"), 2)
+    return found
+
+
+def test_a_step_that_no_process_has_anything_to_learn_from_moves_nothing(edges: dict[str, Any]) -> None:
+    assert edges["moved by nothing"] == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [

@@ -1,4 +1,4 @@
-"""One process of several: `python together.py {sft|dpo|grpo|shares} FOLDER STOP`. The first one writes what it ends with.
+"""One process of several: `python together.py {sft|dpo|grpo|shares|edges} FOLDER STOP`. The first one writes what it ends with.
 
 STOP is the step after which every process gives up, as if the machine had gone down; -1: never.
 """
@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from posttrain.policy import Pack, Policy
-from posttrain.training import team
+from posttrain.policy import LoraOptions, Pack, Policy
+from posttrain.stages.sft import token_cross_entropy
+from posttrain.training import Learner, OptimiserOptions, team
 from tiny_models import sequence, tiny_model
 
 
@@ -58,6 +59,24 @@ def shares() -> dict[str, float]:
     return found
 
 
+def edges() -> dict[str, Any]:
+    """A step on nothing."""
+    policy = Policy(tiny_model())
+    policy.add_adapter("main", LoraOptions(rank=2), seed=0)
+    learner = Learner.for_adapter(policy, "main", OptimiserOptions(lr=1e-2, warmup=0.0), 9)
+    packs = [Pack.of([sequence([5, 6, 7, 8, first])]) for first in (9, 10)]
+
+    def weights() -> torch.Tensor:
+        return torch.cat([parameter.detach().flatten() for parameter in learner.parameters.values()])
+
+    learner.forward_backward(packs, token_cross_entropy(8.0))
+    learner.step()
+    before = weights()
+    learner.step()  # as after `Work([], ...)`
+    found = {"moved by nothing": float((weights() - before).norm())}
+    return found
+
+
 def left() -> None:
     """Runs after what `team` asked for at the end: the backend's threads must be gone by then."""
     if dist.is_initialized():
@@ -70,9 +89,10 @@ def main() -> None:
     torch.set_num_threads(1)
     atexit.register(left)
     team()
-    end: dict[str, Any] | None = dict(shares()) if kind == "shares" else run(kind, folder, stop)
+    apart = {"shares": shares, "edges": edges}
+    end: Mapping[str, Any] | None = apart[kind]() if kind in apart else run(kind, folder, stop)
     if end is not None and team().first:
-        torch.save(end, folder / "end.pt")
+        torch.save(dict(end), folder / "end.pt")
 
 
 if __name__ == "__main__":

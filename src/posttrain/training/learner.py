@@ -125,12 +125,17 @@ class Learner:
         return [min(packs, key=lambda pack: pack.tokens)] * team().idle(packs)
 
     def _sum_gradients(self) -> None:
+        """Sum over the processes. A parameter that none of them has a gradient of keeps none: zeros would let AdamW move it."""
         if team().size == 1:
             return
-        for parameter in self.parameters.values():
+        parameters = list(self.parameters.values())
+        having = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=self.policy.device)
+        team().sum_([having])
+        found = [parameter for parameter, count in zip(parameters, having.tolist(), strict=True) if count]
+        for parameter in found:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        team().sum_([parameter.grad for parameter in self.parameters.values() if parameter.grad is not None])
+        team().sum_([parameter.grad for parameter in found if parameter.grad is not None])
 
     def score(self, pack: Pack) -> Scored:
         pack = pack.to(self.policy.device)
