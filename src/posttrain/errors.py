@@ -60,6 +60,10 @@ class BaseModelError(PosttrainError, FileNotFoundError):
     """The base model named in a recipe or release cannot be found or is not what was expected."""
 
 
+class TrainingError(PosttrainError, ArithmeticError):
+    """Training diverged: a step's gradients are no finite numbers."""
+
+
 class CheckpointError(PosttrainError, RuntimeError):
     """A checkpoint is missing a part, was made by another run, or was altered."""
 

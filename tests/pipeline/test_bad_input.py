@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from posttrain.contract import Contract
-from posttrain.errors import BaseModelError, ContractError, DataError, RecipeError, StorageError
+from posttrain.errors import BaseModelError, ContractError, DataError, RecipeError, StorageError, TrainingError
 from posttrain.pipeline.checks import check_students
 from posttrain.pipeline.folder import RunFolder, forget_peak_memory, peak_memory_mb
+from posttrain.pipeline.run import run_recipe
 from posttrain.pipeline.serve import check_address
 from posttrain.policy.base import free_bytes
 from posttrain.recipe import Recipe, parse_recipe
@@ -50,6 +51,21 @@ def test_layers_that_no_student_can_be_fitted_to_are_refused_before_anything_is_
     with pytest.raises(BaseModelError, match=r"cannot be refitted.*set refit to 0"):
         check_students(recipe(0.1), tmp_path)
     check_students(recipe(0), tmp_path)
+
+
+def test_what_failed_is_seen_although_the_other_processes_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(recipe: Recipe, quiet: bool) -> None:
+        raise TrainingError("diverged")
+
+    def gone(order: object) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr("posttrain.pipeline.run._first", fail)
+    monkeypatch.setattr("posttrain.pipeline.run.call", gone)
+    gate = {"targets": [{"metric": "tool_success"}]}
+    recipe = parse_recipe({"name": "x", "base": "b", "stages": [{"name": "s", "kind": "sft", "gate": gate}]})
+    with pytest.raises(TrainingError, match="diverged"):
+        run_recipe(recipe)
 
 
 def test_a_torn_summary_is_named(tmp_path: Path) -> None:

@@ -108,6 +108,7 @@ def test_a_leash_stops_at_its_limit_and_otherwise_asks_the_watch() -> None:
     bound = leash(inner, lambda metrics: metrics["drift"], 0.5, "drift")
     assert bound(0, {"drift": 0.5}) is None
     assert bound(1, {"drift": 0.51}) == "drift 0.510 exceeds 0.5 at step 1"
+    assert bound(2, {"drift": float("nan")}) == "drift nan exceeds 0.5 at step 2"
     assert bound(9, {"drift": 0.1}) == "inner"
     assert leash(inner, lambda metrics: metrics["drift"], None, "drift")(1, {"drift": 99.0}) is None
 

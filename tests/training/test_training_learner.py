@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from posttrain.contract import Sequence
+from posttrain.errors import TrainingError
 from posttrain.objectives.supervised import sft_ce
 from posttrain.policy import LoraOptions, Pack, Policy, fill_packs
 from posttrain.policy.weights import base_parameters
@@ -126,6 +127,20 @@ def test_gradients_are_cleared_by_a_step() -> None:
     before = state(it)
     assert it.step()["grad_norm"] == 0.0
     assert all(torch.equal(p, before[name]) for name, p in it.parameters.items())  # a step on nothing moves nothing
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_gradients_that_are_no_numbers_are_refused_before_they_are_written_into_the_weights(broken: float) -> None:
+    it = learner()
+    it.forward_backward([Pack.of(SEQUENCES)], cross_entropy(TOTAL))
+    it.step()
+    before = state(it)
+    it.forward_backward([Pack.of(SEQUENCES)], lambda scored: (scored.hidden.sum() * broken, {}))
+    with pytest.raises(TrainingError, match=r"step 1: .*lower optimiser\.lr, which is 0\.01"):
+        it.step()
+    assert all(torch.equal(p, before[name]) for name, p in it.parameters.items()) and it.steps_done == 1
+    it.forward_backward([Pack.of(SEQUENCES)], cross_entropy(TOTAL))
+    assert it.step()["grad_norm"] > 0  # nothing of it is left
 
 
 def test_updates_too_small_for_bfloat16_add_up_in_the_masters() -> None:

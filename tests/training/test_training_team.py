@@ -91,6 +91,10 @@ def test_a_step_that_no_process_has_anything_to_learn_from_moves_nothing(edges: 
     assert edges["moved by nothing"] == 0
 
 
+def test_gradients_of_one_process_that_are_no_numbers_stop_all_of_them_before_the_update(edges: dict[str, Any]) -> None:
+    assert edges["refused"] == [True, True] and edges["moved by no numbers"] == 0
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from posttrain.errors import TrainingError
 from posttrain.policy import LoraOptions, Pack, Policy
 from posttrain.stages.sft import token_cross_entropy
-from posttrain.training import Learner, OptimiserOptions, team
+from posttrain.training import Learner, OptimiserOptions, Scored, team
 from tiny_models import sequence, tiny_model
 
 
@@ -60,7 +61,7 @@ def shares() -> dict[str, float]:
 
 
 def edges() -> dict[str, Any]:
-    """A step on nothing."""
+    """Steps on nothing and on no numbers."""
     policy = Policy(tiny_model())
     policy.add_adapter("main", LoraOptions(rank=2), seed=0)
     learner = Learner.for_adapter(policy, "main", OptimiserOptions(lr=1e-2, warmup=0.0), 9)
@@ -69,11 +70,21 @@ def edges() -> dict[str, Any]:
     def weights() -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in learner.parameters.values()])
 
+    def no_number(scored: Scored) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        return scored.hidden.sum() * (1.0 if team().first else float("nan")), {}
+
     learner.forward_backward(packs, token_cross_entropy(8.0))
     learner.step()
     before = weights()
     learner.step()  # as after `Work([], ...)`
     found = {"moved by nothing": float((weights() - before).norm())}
+    learner.forward_backward(packs, no_number)
+    try:
+        learner.step()
+        refused = False
+    except TrainingError:
+        refused = True
+    found |= {"refused": team().gather(refused), "moved by no numbers": float((weights() - before).norm())}
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,13 @@ def run_recipe(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     if not team().first:
         return assist(recipe)
     try:
-        return _first(recipe, quiet)
-    finally:
-        call(None)
+        done = _first(recipe, quiet)
+    except BaseException:
+        with suppress(RuntimeError):  # the others may have failed alike and be gone: what happened here is what is to be seen
+            call(None)
+        raise
+    call(None)
+    return done
 
 
 def _first(recipe: Recipe, quiet: bool) -> dict[str, Any]:

@@ -105,11 +105,11 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
 
 
 def leash(watch: Watch, metric: Callable[[Mapping[str, float]], float], most: float | None, name: str) -> Watch:
-    """`watch`, and besides: stop when a step's metric exceeds `most` (None: no limit)."""
+    """`watch`, and besides: stop when a step's metric exceeds `most` (None: no limit) or is no number."""
 
     def both(step: int, metrics: Mapping[str, float]) -> str | None:
         value = metric(metrics)
-        if most is not None and value > most:
+        if most is not None and not value <= most:  # nan, too
             return f"{name} {value:.3f} exceeds {most} at step {step}"
         return watch(step, metrics)
 

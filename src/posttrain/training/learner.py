@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from posttrain.errors import TrainingError
 from posttrain.policy.head import Head
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
@@ -152,7 +154,8 @@ class Learner:
         return found
 
     def step(self) -> dict[str, float]:
-        """Clip, update, clear. Returns the gradient norm before clipping and the rate used."""
+        """Clip, update, clear. Returns the gradient norm before clipping and the rate used. Raises TrainingError, in every process
+        alike and with the weights as they were, when the norm is not finite."""
         self._sum_gradients()
         for name, parameter in self.parameters.items():
             master = self._masters[name]
@@ -162,6 +165,14 @@ class Learner:
         masters = list(self._masters.values())
         norm = float(nn.utils.clip_grad_norm_(masters, self.options.clip))
         rate = learning_rate(self.options, self.steps_done, self.total_steps)
+        if not math.isfinite(norm):
+            self._optimiser.zero_grad(set_to_none=True)
+            raise TrainingError(
+                "the gradients are not finite: training has diverged",
+                where=f"step {self.steps_done}",
+                value=norm,
+                remedy=f"lower optimiser.lr, which is {rate:.3g} at this step",
+            )
         for group in self._optimiser.param_groups:
             group["lr"] = rate * group["scale"]
         self._optimiser.step()
