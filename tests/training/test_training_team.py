@@ -95,6 +95,10 @@ def test_gradients_of_one_process_that_are_no_numbers_stop_all_of_them_before_th
     assert edges["refused"] == [True, True] and edges["moved by no numbers"] == 0
 
 
+def test_an_order_may_take_longer_than_the_exchanges_of_training(edges: dict[str, Any]) -> None:
+    assert edges["order"] == "go on"
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [
@@ -139,5 +143,5 @@ def test_alone_nothing_is_exchanged() -> None:
     alone.sum_([tensor])
     alone.copy_([tensor])
     assert (alone.size, alone.first, tensor.tolist()) == (1, True, [1.0] * 3)
-    assert alone.joined(alone.split("abc")) == ["a", "b", "c"] and alone.share(7) == 7
+    assert alone.joined(alone.split("abc")) == ["a", "b", "c"] and alone.share(7) == alone.order(7) == 7
     assert alone.totals({"loss": 2.0}) == {"loss": 2.0}

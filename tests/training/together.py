@@ -8,7 +8,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ def shares() -> dict[str, float]:
 
 
 def edges() -> dict[str, Any]:
-    """Steps on nothing and on no numbers."""
+    """Steps on nothing and on no numbers, and an order that comes after the backend's time limit."""
     policy = Policy(tiny_model())
     policy.add_adapter("main", LoraOptions(rank=2), seed=0)
     learner = Learner.for_adapter(policy, "main", OptimiserOptions(lr=1e-2, warmup=0.0), 9)
@@ -85,7 +87,10 @@ def edges() -> dict[str, Any]:
     except TrainingError:
         refused = True
     found |= {"refused": team().gather(refused), "moved by no numbers": float((weights() - before).norm())}
-    return found
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.3))
+    if team().first:
+        time.sleep(1.0)
+    return {**found, "order": team().order("go on" if team().first else None)}
 
 
 def left() -> None:

@@ -34,7 +34,7 @@ class Order:
 
 def call(order: Order | None) -> None:
     """From the first process: have the others train this stage too. None: the run is over."""
-    team().share(order)
+    team().order(order)
 
 
 def assist(recipe: Recipe) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def assist(recipe: Recipe) -> dict[str, Any]:
     world = load_world(recipe.world)
     device = find_device(recipe.device)
     nothing: Order | None = None
-    while (order := team().share(nothing)) is not None:
+    while (order := team().order(nothing)) is not None:
         runtime = Runtime.load(order.parent, parse_dtype(order.dtype), device)
         runtime.policy.recompute = recipe.recompute
         bench = Workbench(

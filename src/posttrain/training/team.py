@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ from posttrain.policy.pack import Pack
 
 T = TypeVar("T")
 
+_PATIENCE = timedelta(days=7)  # how long processes wait for an order of the first, which measures, decides and writes meanwhile
+
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
@@ -40,8 +43,9 @@ class Sharding:
 class Team:
     """This process's place among `size` processes, and what they exchange. Calls must be made by all, in the same order."""
 
-    def __init__(self, rank: int = 0, size: int = 1, sharding: Sharding | None = None) -> None:
-        self.rank, self.size, self.sharding = rank, size, sharding
+    def __init__(self, rank: int = 0, size: int = 1, sharding: Sharding | None = None, orders: Any = None) -> None:
+        """`orders`: the group of processes that waits longer than the backend's time limit (None: no other than the default)."""
+        self.rank, self.size, self.sharding, self._orders = rank, size, sharding, orders
 
     @property
     def first(self) -> bool:
@@ -104,10 +108,17 @@ class Team:
 
     def share(self, value: T) -> T:
         """The first process's value."""
+        return self._broadcast(value, None)
+
+    def order(self, value: T) -> T:
+        """`share` for what the first process decides after work that it does alone: the others wait days, not the backend's limit."""
+        return self._broadcast(value, self._orders)
+
+    def _broadcast(self, value: T, group: Any) -> T:
         if self.size == 1:
             return value
         box: list[Any] = [value if self.first else None]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=group)
         found: T = box[0]
         return found
 
@@ -133,7 +144,8 @@ def team() -> Team:
         dist.init_process_group("cpu:gloo,cuda:nccl")
     state = PartialState(cpu=not torch.cuda.is_available())
     atexit.register(_leave)
-    return Team(state.process_index, state.num_processes, sharding)
+    orders = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return Team(state.process_index, state.num_processes, sharding, orders)
 
 
 def _leave() -> None:
