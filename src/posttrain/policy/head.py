@@ -25,8 +25,10 @@ class Head:
 
     @classmethod
     def of(cls, model: Any) -> Head:
-        layer, config = model.get_output_embeddings(), model.config
-        scale = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)
+        layer, config = model.get_output_embeddings(), model.config.get_text_config()
+        scale = 1.0 / float(getattr(config, "logits_scaling", None) or 1.0)  # Granite divides, Cohere and Falcon-H1 multiply
+        for name in ("logit_scale", "lm_head_multiplier"):
+            scale *= float(getattr(config, name, None) or 1.0)
         cap = getattr(config, "final_logit_softcapping", None)
         return cls(layer.weight, getattr(layer, "bias", None), scale, None if cap is None else float(cap))
 
