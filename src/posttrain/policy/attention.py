@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from posttrain.errors import BaseModelError
 from posttrain.policy import flex
 from posttrain.policy.half import HalfAttention
 from posttrain.policy.pack import Pack
@@ -130,12 +131,24 @@ def _join(parts: tuple[Tensor, ...], path: list[int]) -> Tensor:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    context: AttentionContext = kwargs["posttrain_context"]
+    context: AttentionContext | None = kwargs.get("posttrain_context")
+    if context is None:
+        raise BaseModelError(
+            "this architecture does not hand its attention what a pack needs",
+            where="attention",
+            value=type(module).__name__,
+            remedy="load the model with Policy.load, which then runs it row by row",
+        )
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise ValueError("attention with soft-capped logits or sinks is not supported over packs")
+        raise BaseModelError(
+            "attention with soft-capped logits or sinks is not supported over packs",
+            where="attention",
+            value=type(module).__name__,
+            remedy="load the model with Policy.load, which then runs it row by row",
+        )
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     out = context.attend(module.layer_idx, query, key, value, scale, kwargs.get("sliding_window"))
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None  # as transformers' own gives it: some architectures view it
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError, BindingError
+from posttrain.policy.architecture import mixing_layers, own_logprobs, prove
 from posttrain.policy.attention import NAME, TreeAttention
 from posttrain.policy.fused import Mix, forget_merged, install, is_simple
 from posttrain.policy.head import Head
@@ -28,10 +29,10 @@ from posttrain.ranges import Count, Positive
 
 _log = logging.getLogger(__name__)
 
-# layers that mix tokens outside attention cannot run a tree: their sequences run one by one
-_TREE_UNSAFE = ("mamba", "rwkv", "recurrent", "conv", "ssm", "linear_attention")
-
-_SPARED = ["out_proj", "conv1d"]  # of such layers, which PEFT refuses to adapt: their kernels read the weights themselves
+_SPARED = [
+    "out_proj",
+    "conv1d",
+]  # of layers that mix tokens, which PEFT refuses to adapt: their kernels read the weights themselves
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +55,11 @@ class Policy:
     """Base weights, frozen, plus adapters. Tokens of a pack in, hidden states and log-probabilities out."""
 
     def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
-        mixing = _mixing_layers(model.config)
-        self.packs = not mixing  # whether sequences of a pack share computation
-        if mixing:
-            _log.warning("%s layers mix tokens outside attention: sequences run row by row, nothing is shared", ", ".join(mixing))
+        self._mixing = mixing_layers(model.config)
+        self.packs = not self._mixing  # whether sequences of a pack share computation
+        if self._mixing:
+            kinds = ", ".join(self._mixing)
+            _log.warning("%s layers mix tokens outside attention: sequences run row by row, nothing is shared", kinds)
         self.base: Any = cast(Any, model)
         self.model: Any = model  # becomes the PEFT wrapper with the first adapter
         self.folder = folder
@@ -72,6 +74,7 @@ class Policy:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
+        self._own_attention = getattr(model.config, "_attn_implementation", None)
         if self.packs:
             self.base.set_attn_implementation(NAME)
             install(self.base, self._mix)
@@ -79,7 +82,10 @@ class Policy:
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> Policy:
-        """Load a Hugging Face folder (safetensors only). `dtype` is the compute type; None measures (see `weights.fast_dtype`)."""
+        """Load a Hugging Face folder (safetensors only). `dtype` is the compute type; None measures (see `weights.fast_dtype`).
+
+        Two short rows are computed as transformers does and as a pack: where they differ the policy runs row by row, and BaseModelError
+        where that differs, too."""
         from transformers import AutoModelForCausalLM
 
         from posttrain.policy.weights import fast_dtype
@@ -95,7 +101,18 @@ class Policy:
                 where=str(folder),
                 remedy="name a Hugging Face folder with safetensors weights",
             ) from error
-        return cls(model.to(device), folder)
+        wanted = own_logprobs(model.to(device))
+        policy = cls(model, folder)
+        found = prove(policy, wanted)
+        if found:
+            kind = type(model).__name__
+            _log.warning("%s computes packs wrongly (%s): sequences run row by row, nothing is shared", kind, found)
+        return policy
+
+    def run_row_by_row(self) -> None:
+        """From here on run each sequence by itself, with the model's own attention."""
+        self.packs = False
+        self.base.set_attn_implementation(self._own_attention)
 
     @property
     def recompute(self) -> bool:
@@ -172,7 +189,7 @@ class Policy:
     def _targets(self, options: LoraOptions) -> dict[str, Any]:
         """The adapted layers in PEFT's words."""
         if options.top is None:
-            spared = {} if self.packs else {"exclude_modules": _SPARED}
+            spared = {"exclude_modules": _SPARED} if self._mixing else {}
             return {"target_modules": options.targets if isinstance(options.targets, str) else list(options.targets), **spared}
         blocks = int(self.config.get_text_config().num_hidden_layers)
         linear = [name for name, module in self.base.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]
@@ -407,12 +424,6 @@ class Policy:
     def logprobs(self, pack: Pack, chunk: int = 256) -> Tensor:
         """log pi(target | its prefix) [N] float32 of every prediction of the pack; differentiable when an adapter trains."""
         return self.head.logprobs(self.hidden(pack)[pack.rows.to(self.device)], pack.targets.to(self.device), chunk)
-
-
-def _mixing_layers(config: Any) -> list[str]:
-    """Kinds of layers that are not attention over tokens, by the names their configuration gives them."""
-    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or [getattr(config, "model_type", "")]]
-    return sorted({kind for kind in kinds if any(word in kind for word in _TREE_UNSAFE)})
 
 
 def quiet_transformers() -> None:

@@ -1,0 +1,99 @@
+"""What packs rest on in an architecture: which layers mix tokens, and whether what is computed here is what the model computes itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from posttrain.contract.sequence import Sequence, SequenceBuilder
+from posttrain.errors import BaseModelError
+from posttrain.policy.attention import TreeAttention
+from posttrain.policy.pack import MIN_SHARED, Pack
+
+# layers that mix tokens outside attention cannot run a tree: their sequences run one by one
+_TREE_UNSAFE = ("mamba", "rwkv", "recurrent", "conv", "ssm", "linear_attention", "hybrid")
+
+_OWN = 4  # tokens of each probe row behind what both share
+# Nats. In float32 what is right differs by less than 1e-5. In bfloat16 rounding alone gave 0.09 on a trained model of 30 layers, as much as
+# two of transformers' own kernels differ, while a neighbour seen or a position missed gave more than 1.
+_EXACT, _ROUNDED = 1e-2, 0.5
+
+
+def mixing_layers(config: Any) -> list[str]:
+    """Kinds of layers that are not attention over tokens, by the names their configuration gives them."""
+    text = config.get_text_config()
+    kinds = [str(kind) for kind in getattr(text, "layer_types", None) or [getattr(text, "model_type", "")]]
+    return sorted({kind for kind in kinds if any(word in kind for word in _TREE_UNSAFE)})
+
+
+_proven: set[str] = set()  # the model classes and configurations whose packs this process found right: a run loads one many times
+
+
+@torch.no_grad()
+def own_logprobs(model: Any) -> Tensor | None:
+    """[2, T, V] float32: the log-probabilities of two short rows that fork, as a plain transformers model gives them. None where `prove`
+    need not ask again."""
+    if _kind(model) in _proven:
+        return None
+    rows = torch.tensor(_probe(model), device=model.device)
+    logits: Tensor = model(input_ids=rows, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+def prove(policy: Any, wanted: Tensor | None) -> str:
+    """Hold a policy's log-probabilities against those of its model (`own_logprobs`). Where a pack differs, the policy is left running row
+    by row and the difference is returned; empty: it does not. BaseModelError where rows one by one differ, too."""
+    found = "" if wanted is None else _difference(policy, wanted)
+    if not found:
+        _proven.add(_kind(policy.base))
+        return ""
+    if policy.packs:
+        policy.run_row_by_row()
+        alone = _difference(policy, wanted)
+        if not alone:
+            return found
+        found = alone
+    raise BaseModelError(
+        f"this architecture is not supported: {found}",
+        where=str(policy.folder),
+        value=type(policy.base).__name__,
+        remedy="use a model of a supported architecture (docs/architecture.md)",
+    )
+
+
+@torch.no_grad()
+def _difference(policy: Any, wanted: Tensor) -> str:
+    """What tells a policy's log-probabilities on the probe rows from those wanted; empty: nothing but rounding."""
+    pack = Pack.of([_unlearned(row) for row in _probe(policy.base)])
+    try:
+        if policy.packs:  # node by node: what is asked is the architecture's, not a kernel's, which would be compiled first
+            tree = TreeAttention(pack, flex=False)
+            hidden = policy.forward(pack.ids.to(policy.device), pack.positions.to(policy.device), tree)
+        else:
+            hidden = policy.hidden(pack)
+        got = torch.stack([policy.head.logits(hidden[pack.sequence_rows(b)]) for b in range(2)]).log_softmax(-1)
+    except BaseModelError as error:
+        return error.what
+    except Exception as error:  # whatever model code raises that was not written for packs
+        return f"a pass raised {type(error).__name__}: {error}"
+    apart = float((wanted.exp() * (got - wanted).abs()).sum(-1)[:, -_OWN:].mean(-1).max())
+    bound = _EXACT if policy.dtype == torch.float32 else _ROUNDED
+    return "" if apart <= bound else f"log-probabilities are {apart:.3g} nats from transformers' own on two short rows"
+
+
+def _kind(model: Any) -> str:
+    return f"{type(model).__name__} {model.dtype} {model.config.to_json_string()}"
+
+
+def _probe(model: Any) -> list[list[int]]:
+    size = int(model.get_input_embeddings().weight.shape[0])
+    ids = [7919 * place % size for place in range(1, MIN_SHARED + 2 * _OWN + 1)]
+    return [ids[: MIN_SHARED + _OWN], ids[:MIN_SHARED] + ids[MIN_SHARED + _OWN :]]
+
+
+def _unlearned(ids: list[int]) -> Sequence:
+    made = SequenceBuilder()
+    made.add(ids, weight=0.0, origin=0)
+    return made.build()

@@ -1,0 +1,99 @@
+"""What a loaded policy computes is what its model computes: proved on a small pack, row by row where packs would be wrong, else refused."""
+
+from __future__ import annotations
+
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from posttrain.errors import BaseModelError
+from posttrain.policy import Pack, Policy
+from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
+from tiny_models import FAMILIES, SIZES, logprobs_of_row, random_ids, sequence, stored, tiny_model
+
+RNG = random.Random(5)
+TRUNK = random_ids(14, RNG)
+ROWS = [TRUNK + random_ids(9, RNG), TRUNK + random_ids(16, RNG), random_ids(30, RNG), TRUNK + random_ids(1, RNG)]
+
+OWN: dict[str, dict[str, Any]] = {
+    "cohere": {"logit_scale": 0.0625},
+    "falcon_h1": {
+        "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "lm_head_multiplier": 0.3,
+    },
+    "jetmoe": {},
+    "bloom": {"n_layer": 3, "n_head": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 512},
+    "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 11},
+    "stablelm": {},
+    "gemma2": {"sliding_window": 11, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}  # fmt: skip
+
+
+def random_model(kind: str, **overrides: Any) -> Any:
+    special = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 4}
+    config = CONFIG_MAPPING[kind](**{**SIZES, **special, **OWN[kind], **overrides})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@torch.no_grad()
+def compare(policy: Policy, plain: Any) -> None:
+    pack = Pack.of([sequence(row) for row in ROWS])
+    assert pack.tokens < sum(map(len, ROWS))
+    got = pack.pad(policy.logprobs(pack))
+    for b, row in enumerate(ROWS):
+        want = logprobs_of_row(plain, row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+        torch.testing.assert_close(got[b, : len(want)], want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["cohere", "falcon_h1", "jetmoe"])
+def test_an_architectures_own_scales_and_layers_are_heeded(kind: str) -> None:
+    compare(Policy(random_model(kind)), random_model(kind))
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt", "gpt_neo", "stablelm", "gemma2"])
+def test_an_architecture_whose_packs_would_be_wrong_is_loaded_to_run_row_by_row(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = random_model(kind)
+    plain.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        policy = Policy.load(tmp_path, torch.float32)
+    assert not policy.packs and type(plain).__name__ in caplog.text and "row by row" in caplog.text
+    compare(policy, plain)
+
+
+def test_an_architecture_that_runs_row_by_row_samples_what_the_learner_scores(tmp_path: Path) -> None:
+    random_model("bloom").save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path, torch.float32)
+    requests = [SampleRequest(tuple(row), i, SampleOptions(6, 1.0)) for i, row in enumerate(ROWS)]
+    for request, got in zip(requests, LocalSampler(policy, 2).sample(requests), strict=True):
+        ids = [*request.prompt, *got.ids]
+        with torch.no_grad():
+            own = policy.logprobs(Pack.of([sequence(ids, range(len(request.prompt), len(ids)))]))
+        torch.testing.assert_close(torch.tensor(got.logprobs), own, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1.1), (torch.bfloat16, 3.0)])
+def test_a_model_whose_rows_would_be_wrong_too_is_refused(dtype: torch.dtype, scale: float, tmp_path: Path) -> None:
+    random_model("mpt", logit_scale=scale).save_pretrained(tmp_path)  # of which transformers' own class takes no notice
+    with pytest.raises(BaseModelError, match=r"nats from transformers' own.*MptForCausalLM"):
+        Policy.load(tmp_path, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_supported_architecture_is_loaded_to_run_packs(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    stored(tiny_model(family)).save_pretrained(tmp_path)
+    assert Policy.load(tmp_path, dtype).packs
+
+
+def test_a_pack_given_to_an_architecture_that_cannot_run_it_is_refused_by_name() -> None:
+    with pytest.raises(BaseModelError, match="StableLmAttention"), torch.no_grad():
+        Policy(random_model("stablelm")).logprobs(Pack.of([sequence(row) for row in ROWS]))
