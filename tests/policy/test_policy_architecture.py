@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from posttrain.errors import BaseModelError
+from posttrain.errors import BaseModelError, PosttrainError
 from posttrain.policy import Pack, Policy
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from tiny_models import FAMILIES, SIZES, logprobs_of_row, random_ids, sequence, stored, tiny_model
@@ -97,3 +97,53 @@ def test_a_supported_architecture_is_loaded_to_run_packs(family: str, dtype: tor
 def test_a_pack_given_to_an_architecture_that_cannot_run_it_is_refused_by_name() -> None:
     with pytest.raises(BaseModelError, match="StableLmAttention"), torch.no_grad():
         Policy(random_model("stablelm")).logprobs(Pack.of([sequence(row) for row in ROWS]))
+
+
+STEADY = 20
+DYNAMIC: dict[str, dict[str, Any]] = {
+    "dynamic": {
+        "max_position_embeddings": STEADY,
+        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+    },
+    "longrope": {
+        "rope_parameters": {
+            "rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": STEADY,
+            "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", DYNAMIC)
+@torch.no_grad()
+def test_a_neighbour_may_not_be_so_long_that_it_changes_how_positions_are_encoded(
+    rope: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        policy = Policy(tiny_model(**DYNAMIC[rope]))
+    assert f"over {STEADY} tokens" in caplog.text and policy.context == STEADY
+    short, full, long = (sequence(random_ids(length, RNG)) for length in (12, STEADY, STEADY + 1))
+    alone, beside = Pack.of([short]), Pack.of([short, full])
+    want, got = policy.logprobs(alone), beside.pad(policy.logprobs(beside))[0]
+    torch.testing.assert_close(got[: len(want)], want, atol=2e-5, rtol=0)
+    with pytest.raises(BaseModelError, match=f"got {STEADY + 1}; keep sequences to {STEADY} tokens"):
+        policy.logprobs(Pack.of([short, long]))
+
+
+@pytest.mark.parametrize("rope", DYNAMIC)
+def test_nothing_is_sampled_that_may_grow_so_long(rope: str) -> None:
+    sampler = LocalSampler(Policy(tiny_model(**DYNAMIC[rope])), 2)
+    prompt = tuple(random_ids(12, RNG))
+    (sample,) = sampler.sample([SampleRequest(prompt, 0, SampleOptions(STEADY - 12))])
+    assert len(sample.ids) <= STEADY - 12
+    too_long = SampleRequest(prompt, 0, SampleOptions(STEADY - 11))
+    with pytest.raises(PosttrainError, match=f"keep both to {STEADY} tokens"):
+        sampler.sample([too_long])
+    stream = sampler.open(1)
+    (ticket,) = stream.admit([too_long])
+    assert isinstance(stream.step()[ticket], PosttrainError)
+
+
+def test_positions_that_are_scaled_alike_at_any_length_have_no_such_bound() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": STEADY}
+    assert Policy(tiny_model(rope_parameters=yarn)).steady is None

@@ -65,7 +65,6 @@ def serve_engine(base: str, host: str, port: int, say: Callable[[str], None], de
     place = find_device(device)
     check_address(host, port)
     runtime = Runtime.load(resolve_base(base), device=place)
-    context = int(runtime.policy.config.get_text_config().max_position_embeddings)
-    engine = SamplerEngine(runtime.policy, runtime.sampler, runtime.contract.end_of_turn, context)
+    engine = SamplerEngine(runtime.policy, runtime.sampler, runtime.contract.end_of_turn, runtime.policy.context)
     say(f"{base} answers /v1/completions on http://{host}:{port}; keep it inside the training job's network")
     serve(build_engine_app(engine, base), host, port)

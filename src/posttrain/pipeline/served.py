@@ -77,8 +77,7 @@ def application(
 ) -> Starlette:
     """The ready ASGI application. A missing key file is an error: keys are issued on purpose, never by default."""
     model = load_served(registry, channels, base, cache, device)
-    context = int(getattr(model.runtime.policy.config, "max_position_embeddings", 4096))
-    engine = ContractEngine(model.runtime.contract, model.runtime.sampler, context)
+    engine = ContractEngine(model.runtime.contract, model.runtime.sampler, model.runtime.policy.context)
     return build_app(engine, Router(channels, AccessFile(keys), model), Audit(audit))
 
 

@@ -28,6 +28,20 @@ def mixing_layers(config: Any) -> list[str]:
     return sorted({kind for kind in kinds if any(word in kind for word in _TREE_UNSAFE)})
 
 
+def steady_length(config: Any) -> int | None:
+    """Up to which length a sequence's positions are encoded the same whatever runs beside or before it; None: at any length. Dynamic
+    and long RoPE choose the frequencies of all tokens of a pass by the longest sequence in it."""
+    text = config.get_text_config()
+    found: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for rope in [found] if "rope_type" in found else [kind for kind in found.values() if isinstance(kind, dict)]:
+        if rope.get("rope_type") == "longrope":
+            limits.append(int(rope.get("original_max_position_embeddings") or text.max_position_embeddings))
+        elif "dynamic" in str(rope.get("rope_type")):
+            limits.append(int(text.max_position_embeddings))
+    return min(limits, default=None)
+
+
 _proven: set[str] = set()  # the model classes and configurations whose packs this process found right: a run loads one many times
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError, BindingError
-from posttrain.policy.architecture import mixing_layers, own_logprobs, prove
+from posttrain.policy.architecture import mixing_layers, own_logprobs, prove, steady_length
 from posttrain.policy.attention import NAME, TreeAttention
 from posttrain.policy.fused import Mix, forget_merged, install, is_simple
 from posttrain.policy.head import Head
@@ -60,6 +60,9 @@ class Policy:
         if self._mixing:
             kinds = ", ".join(self._mixing)
             _log.warning("%s layers mix tokens outside attention: sequences run row by row, nothing is shared", kinds)
+        self.steady = steady_length(model.config)  # tokens that a sequence may have at most, where its neighbours may not matter
+        if self.steady is not None:
+            _log.warning("positions of sequences over %d tokens depend on their neighbours: such are refused", self.steady)
         self.base: Any = cast(Any, model)
         self.model: Any = model  # becomes the PEFT wrapper with the first adapter
         self.folder = folder
@@ -141,6 +144,11 @@ class Policy:
     @property
     def config(self) -> Any:
         return self.base.config
+
+    @property
+    def context(self) -> int:
+        """The number of tokens that a sequence may have."""
+        return self.steady or int(getattr(self.config.get_text_config(), "max_position_embeddings", 4096))
 
     @property
     def fingerprint(self) -> str:
@@ -353,7 +361,15 @@ class Policy:
     # -- computing -----------------------------------------------------------------------------------------------------
 
     def hidden(self, pack: Pack, sink: dict[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Final hidden states [T, hidden] of every token of the pack."""
+        """Final hidden states [T, hidden] of every token of the pack. BaseModelError for a sequence longer than the model's positions
+        hold steady (`steady_length`)."""
+        if self.steady is not None and max(pack.lengths) > self.steady:
+            raise BaseModelError(
+                "a sequence is longer than the model encodes positions without regard to its neighbours",
+                where="pack",
+                value=max(pack.lengths),
+                remedy=f"keep sequences to {self.steady} tokens: lower max_tokens, or shorten the records",
+            )
         if not self.packs:
             assert sink is None, "rows that run one by one have no keys and values to hand out"
             return self._row_by_row(pack)

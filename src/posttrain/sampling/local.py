@@ -38,7 +38,7 @@ class LocalSampler:
         results: dict[int, Sample] = {}
         by_adapter: dict[str | None, dict[int, SampleRequest]] = {}
         for index, request in enumerate(requests):
-            check_prompt(request, f"requests[{index}]")
+            check_prompt(request, f"requests[{index}]", self.policy.steady)
             by_adapter.setdefault(request.adapter, {})[index] = request
         together = self.policy.packs and len(by_adapter) > 1 and all(self.policy.mixes(adapter) for adapter in by_adapter)
         for asked in [dict(enumerate(requests))] if together else by_adapter.values():
@@ -55,7 +55,7 @@ class LocalSampler:
     def converse(self, requests: Sequence[SampleRequest], then: Then) -> None:
         """See `Sampler.converse`."""
         for index, request in enumerate(requests):
-            check_prompt(request, f"requests[{index}]")
+            check_prompt(request, f"requests[{index}]", self.policy.steady)
         rows = min(self.options.max_rows, len(requests))
         stream = LocalStream(self.policy, self._drawing, rows, at_once=None)
         talking: dict[int, int] = {}  # by ticket, which conversation

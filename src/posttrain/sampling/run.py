@@ -57,10 +57,18 @@ class Row:
         return Sample(tuple(self.ids), tuple(self.full), tuple(self.drawn), tuple(self.forced), stop)
 
 
-def check_prompt(request: SampleRequest, where: str) -> None:
-    """PosttrainError for an empty prompt: there would be nothing to draw from."""
+def check_prompt(request: SampleRequest, where: str, steady: int | None = None) -> None:
+    """PosttrainError for an empty prompt: there would be nothing to draw from; and for one whose answer may become longer than `steady`
+    (see `Policy.steady`; None: any length)."""
     if not request.prompt:
         raise PosttrainError("an empty prompt", where=where, remedy="render the conversation with Contract.prompt_ids")
+    if steady is not None and len(request.prompt) + request.options.max_tokens > steady:
+        raise PosttrainError(
+            "prompt and answer may be longer than the model encodes positions without regard to its neighbours",
+            where=where,
+            value=len(request.prompt) + request.options.max_tokens,
+            remedy=f"keep both to {steady} tokens: lower max_tokens, or shorten the messages",
+        )
 
 
 def computed(row: Row) -> tuple[int, ...]:

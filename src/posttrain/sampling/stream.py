@@ -59,7 +59,7 @@ class LocalStream:
         """Give requests to the run of their kind."""
         for ticket, request in requests.items():
             try:
-                check_prompt(request, "request")
+                check_prompt(request, "request", self._policy.steady)
                 self._where[ticket] = self._run(key, request.adapter)
             except PosttrainError as error:
                 self._failed[ticket] = error
