@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config
 
 from posttrain.errors import BaseModelError, PosttrainError
-from posttrain.policy import Pack, Policy
+from posttrain.policy import LoraOptions, Pack, Policy, cut_layers
+from posttrain.policy.importance import layer_importance
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from tiny_models import FAMILIES, SIZES, logprobs_of_row, random_ids, sequence, stored, tiny_model
 
@@ -147,3 +148,61 @@ def test_nothing_is_sampled_that_may_grow_so_long(rope: str) -> None:
 def test_positions_that_are_scaled_alike_at_any_length_have_no_such_bound() -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": STEADY}
     assert Policy(tiny_model(rope_parameters=yarn)).steady is None
+
+
+# -- a decoder inside a model that also sees -------------------------------------------------------------------------------
+
+
+def seeing_model() -> Any:
+    text = {
+        **SIZES, "vocab_size": 97, "sliding_window": 11, "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    }  # fmt: skip
+    eyes = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    tokens = {"image_token_index": 2, "boi_token_index": 1, "eoi_token_index": 0, "mm_tokens_per_image": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = Gemma3Config(text_config=text, vision_config=eyes, **tokens)
+        return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+@pytest.mark.parametrize("top", [None, 1])
+def test_only_the_text_decoder_of_a_model_that_also_sees_is_adapted(top: int | None, targets: Any) -> None:
+    policy = Policy(seeing_model())
+    policy.add_adapter("main", LoraOptions(rank=2, top=top, targets=targets), seed=0)
+    adapted = {name.partition(".lora_")[0] for name in policy.adapter_parameters("main")}
+    assert len(adapted) == (3 if top is None else 1) * (7 if targets == "all-linear" else 2)
+    assert all(".language_model.layers." in name for name in adapted)
+
+
+def test_the_decoder_of_a_model_that_also_sees_is_recomputed_block_by_block() -> None:
+    policy = Policy(seeing_model())
+    policy.recompute = True
+    policy.add_adapter("main", LoraOptions(rank=2), seed=0)
+    runs = [0]
+    policy.base.get_decoder().layers[1].mlp.register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
+    for parameter in policy.adapter_parameters("main").values():
+        parameter.requires_grad_(True)
+    policy.logprobs(Pack.of([sequence(row) for row in ROWS])).sum().backward()  # type: ignore[no-untyped-call]
+    assert runs == [2]
+
+
+@torch.no_grad()
+def test_a_student_is_cut_from_the_decoder_of_a_model_that_also_sees() -> None:
+    teacher = seeing_model()
+    student = cut_layers(teacher, (0, 2))
+    for own, old in zip(student.get_decoder().layers, (0, 2), strict=True):
+        for name, parameter in own.named_parameters():
+            assert torch.equal(parameter, teacher.get_decoder().layers[old].get_parameter(name))
+    for name, parameter in student.model.vision_tower.named_parameters():
+        assert torch.equal(parameter, teacher.model.vision_tower.get_parameter(name))
+    assert len(layer_importance(Policy(teacher), Pack.of([sequence(row) for row in ROWS]))) == 3
+
+
+def test_an_architecture_whose_blocks_are_not_known_says_so_when_they_are_asked_for() -> None:
+    policy = Policy(random_model("bloom"))
+    with pytest.raises(BaseModelError, match="BloomForCausalLM"):
+        policy.recompute = True

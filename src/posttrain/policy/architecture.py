@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -19,6 +20,38 @@ _OWN = 4  # tokens of each probe row behind what both share
 # Nats. In float32 what is right differs by less than 1e-5. In bfloat16 rounding alone gave 0.09 on a trained model of 30 layers, as much as
 # two of transformers' own kernels differ, while a neighbour seen or a position missed gave more than 1.
 _EXACT, _ROUNDED = 1e-2, 0.5
+
+
+def body_of(model: Any) -> Any:
+    """The module that holds the blocks of the text's decoder as `layers`, whatever is wrapped around it (a model that also sees, say).
+    BaseModelError where there is none."""
+    for body in (model.get_decoder(), model.base_model):
+        if hasattr(body, "layers"):
+            return body
+    raise BaseModelError(
+        "the blocks of this architecture are not known",
+        where="model",
+        value=type(model).__name__,
+        remedy="leave out what asks for single blocks: recompute, adapter.top, adapter.base: nf4, distillation",
+    )
+
+
+def blocks_of(model: Any) -> Any:
+    """The text decoder's blocks, in order; see `body_of`."""
+    return body_of(model).layers
+
+
+def beside_text(model: Any) -> str | None:
+    """A pattern of the names of a model's modules that are not below its text decoder; None where there is nothing beside it."""
+    decoder = model.get_decoder()
+    if decoder is model or decoder is model.base_model:
+        return None
+    return rf"(?!{re.escape(name_of(model, decoder))}\.).*"
+
+
+def name_of(model: Any, module: Any) -> str:
+    """What a model calls one of its modules; empty: itself."""
+    return next(name for name, found in model.named_modules() if found is module)
 
 
 def mixing_layers(config: Any) -> list[str]:
@@ -75,6 +108,17 @@ def prove(policy: Any, wanted: Tensor | None) -> str:
         value=type(policy.base).__name__,
         remedy="use a model of a supported architecture (docs/architecture.md)",
     )
+
+
+def check_length(pack: Pack, steady: int | None) -> None:
+    """BaseModelError for a pack with a sequence longer than positions hold steady (`steady_length`)."""
+    if steady is not None and max(pack.lengths) > steady:
+        raise BaseModelError(
+            "a sequence is longer than the model encodes positions without regard to its neighbours",
+            where="pack",
+            value=max(pack.lengths),
+            remedy=f"keep sequences to {steady} tokens: lower max_tokens, or shorten the records",
+        )
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from posttrain.objectives.distill import reverse_kl_tokens
+from posttrain.policy.architecture import blocks_of
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 
@@ -23,7 +24,7 @@ def layer_importance(policy: Policy, pack: Pack) -> list[float]:
     pack = pack.to(policy.device)
     whole = policy.hidden(pack)[pack.rows]
     found = []
-    for layer in policy.base.base_model.layers:
+    for layer in blocks_of(policy.base):
         hook = layer.register_forward_hook(_skip, with_kwargs=True)
         try:
             without = policy.hidden(pack)[pack.rows]

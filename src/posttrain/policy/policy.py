@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError, BindingError
-from posttrain.policy.architecture import mixing_layers, own_logprobs, prove, steady_length
+from posttrain.policy.architecture import (
+    blocks_of,
+    body_of,
+    check_length,
+    mixing_layers,
+    own_logprobs,
+    prove,
+    steady_length,
+)
 from posttrain.policy.attention import NAME, TreeAttention
 from posttrain.policy.fused import Mix, forget_merged, install, is_simple
 from posttrain.policy.head import Head
@@ -24,6 +32,7 @@ from posttrain.policy.pack import Pack
 from posttrain.policy.quantised import quantise
 from posttrain.policy.recompute import Recompute, wrap
 from posttrain.policy.sharded import gathered, shard
+from posttrain.policy.targets import targets
 from posttrain.policy.weights import fingerprint
 from posttrain.ranges import Count, Positive
 
@@ -55,11 +64,10 @@ class Policy:
     """Base weights, frozen, plus adapters. Tokens of a pack in, hidden states and log-probabilities out."""
 
     def __init__(self, model: nn.Module, folder: Path | None = None) -> None:
-        self._mixing = mixing_layers(model.config)
-        self.packs = not self._mixing  # whether sequences of a pack share computation
-        if self._mixing:
-            kinds = ", ".join(self._mixing)
-            _log.warning("%s layers mix tokens outside attention: sequences run row by row, nothing is shared", kinds)
+        mixing = mixing_layers(model.config)
+        self.packs = not mixing  # whether sequences of a pack share computation
+        if mixing:
+            _log.warning("%s layers mix tokens outside attention: sequences run row by row, nothing is shared", ", ".join(mixing))
         self.steady = steady_length(model.config)  # tokens that a sequence may have at most, where its neighbours may not matter
         if self.steady is not None:
             _log.warning("positions of sequences over %d tokens depend on their neighbours: such are refused", self.steady)
@@ -73,7 +81,8 @@ class Policy:
         self._mix = Mix()
         self._inference: Inference | None = None
         self._recompute = Recompute()
-        wrap(getattr(model.base_model, "layers", nn.ModuleList()), self._recompute)
+        with suppress(BaseModelError):  # raised when recompute is asked for
+            wrap(blocks_of(model), self._recompute)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.eval()  # no dropout in policy or reference, or ratios and margins are noise (objectives.md 0, pitfall 7)
@@ -119,11 +128,14 @@ class Policy:
 
     @property
     def recompute(self) -> bool:
-        """Whether a training pass keeps each block's input only and computes the rest again: less memory, a third more time."""
+        """Whether a training pass keeps each block's input only and computes the rest again: less memory, a third more time.
+        BaseModelError where the blocks are not known."""
         return self._recompute.on
 
     @recompute.setter
     def recompute(self, on: bool) -> None:
+        if on:
+            blocks_of(self.base)
         self._recompute.on = on
 
     # -- identity ------------------------------------------------------------------------------------------------------
@@ -176,7 +188,7 @@ class Policy:
         config = LoraConfig(
             r=options.rank,
             lora_alpha=options.alpha,
-            **self._targets(options),
+            **targets(self.base, options),
             use_rslora=options.rslora,
             lora_dropout=0.0,
             bias="none",
@@ -194,21 +206,6 @@ class Policy:
             parameter.requires_grad_(False)
         self.use(name)
 
-    def _targets(self, options: LoraOptions) -> dict[str, Any]:
-        """The adapted layers in PEFT's words."""
-        if options.top is None:
-            spared = {"exclude_modules": _SPARED} if self._mixing else {}
-            return {"target_modules": options.targets if isinstance(options.targets, str) else list(options.targets), **spared}
-        blocks = int(self.config.get_text_config().num_hidden_layers)
-        linear = [name for name, module in self.base.named_modules() if isinstance(module, nn.Linear) and ".lora_" not in name]
-        inner = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear if ".layers." in f".{name}"}
-        names = inner if options.targets == "all-linear" else options.targets
-        return {
-            "target_modules": [names] if isinstance(names, str) else sorted(names),
-            "layers_to_transform": list(range(max(0, blocks - options.top), blocks)),
-            "layers_pattern": "layers",
-        }
-
     def shard(self, reshard: bool = True) -> None:
         """From here on hold a share of each block's weights (`policy/sharded.py`); called by all processes, before any adapter."""
         if self.adapters or self.quantised:
@@ -221,12 +218,12 @@ class Policy:
         _ = self.fingerprint  # of the whole weights, which adapters stay bound to
         self.forget_inference()
         self._mix.merge = False  # W' is a whole layer
-        shard(self.base.base_model, self.device, reshard)
+        shard(body_of(self.base), self.device, reshard)
         self.sharded, self._reshard = True, reshard
 
     def gathered(self) -> AbstractContextManager[None]:
         """Inside, passes without gradients need no other process: sampling, where each has its own number of them."""
-        return gathered(self.base.base_model.layers, self._reshard) if self.sharded else nullcontext()
+        return gathered(blocks_of(self.base), self._reshard) if self.sharded else nullcontext()
 
     def _quantise(self) -> None:
         if self.adapters or self.sharded:
@@ -361,15 +358,8 @@ class Policy:
     # -- computing -----------------------------------------------------------------------------------------------------
 
     def hidden(self, pack: Pack, sink: dict[int, tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """Final hidden states [T, hidden] of every token of the pack. BaseModelError for a sequence longer than the model's positions
-        hold steady (`steady_length`)."""
-        if self.steady is not None and max(pack.lengths) > self.steady:
-            raise BaseModelError(
-                "a sequence is longer than the model encodes positions without regard to its neighbours",
-                where="pack",
-                value=max(pack.lengths),
-                remedy=f"keep sequences to {self.steady} tokens: lower max_tokens, or shorten the records",
-            )
+        """Final hidden states [T, hidden] of every token of the pack. BaseModelError: see `check_length`."""
+        check_length(pack, self.steady)
         if not self.packs:
             assert sink is None, "rows that run one by one have no keys and values to hand out"
             return self._row_by_row(pack)
@@ -420,7 +410,8 @@ class Policy:
 
             return hook
 
-        hooks = [self.base.base_model.layers[block].register_forward_hook(keep(block)) for block in blocks]
+        layers = blocks_of(self.base)
+        hooks = [layers[block].register_forward_hook(keep(block)) for block in blocks]
         try:
             hidden = self.hidden(pack)
         finally:

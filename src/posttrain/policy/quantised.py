@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from posttrain.errors import BaseModelError
+from posttrain.policy.architecture import blocks_of
 
 BLOCK = 64  # weights that share a scale
 
@@ -20,10 +21,10 @@ BLOCK = 64  # weights that share a scale
 def quantise(model: Any) -> None:
     """Replace every linear layer inside the blocks of a Hugging Face model by its NF4 form, in place.
 
-    Raises BaseModelError when bitsandbytes is not installed or a row of a layer does not fill whole blocks.
+    Raises BaseModelError when bitsandbytes is not installed, the blocks are not known, or a row of a layer does not fill whole blocks.
     """
     bnb = _bitsandbytes()
-    layers: nn.Module = model.base_model.layers
+    layers: nn.Module = blocks_of(model)
     linear = [(name, module) for name, module in layers.named_modules() if type(module) is nn.Linear]
     for name, module in linear:
         if module.in_features % BLOCK:  # bitsandbytes' CPU kernel then restores other weights than it was given, without an error

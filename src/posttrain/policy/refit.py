@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import BaseModelError
+from posttrain.policy.architecture import blocks_of
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 
@@ -41,10 +42,10 @@ def refit(
     Raises BaseModelError for an architecture whose layers do not add a gated MLP's output to the residual stream as it is.
     """
     check_refit(student)
-    layers = student.base.base_model.layers
+    layers = blocks_of(student.base)
     if width == student.base.config.get_text_config().intermediate_size:
         width = None
-    met = reach(kept, len(teacher.base.base_model.layers))
+    met = reach(kept, len(blocks_of(teacher.base)))
     fitted = [place for place, layer in enumerate(met) if layer != place or width is not None]
     _, targets = teacher.states(pack, [met[place] for place in fitted])
     left: list[float] = []
@@ -67,7 +68,7 @@ def reach(kept: Sequence[int], layers: int) -> tuple[int, ...]:
 
 def check_refit(policy: Policy, where: str = "distill.refit") -> None:
     """Raise BaseModelError for a policy whose layers cannot be refitted."""
-    for layer in policy.base.base_model.layers:
+    for layer in blocks_of(policy.base):
         mlp = getattr(layer, "mlp", None)
         gated = all(hasattr(mlp, name) for name in (*_MLP, "act_fn"))
         plain = not hasattr(layer, "post_feedforward_layernorm") and getattr(layer, "residual_multiplier", 1.0) == 1.0

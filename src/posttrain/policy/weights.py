@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from posttrain.errors import BindingError
+from posttrain.policy.architecture import blocks_of, name_of
 
 
 def fingerprint(model: Any) -> str:
@@ -115,22 +116,24 @@ def cut_layers(model: Any, keep: tuple[int, ...]) -> Any:
     """A student with the same embeddings and head and the layers `keep` of the teacher, copied."""
     import copy
 
-    layers = model.base_model.layers
+    layers = blocks_of(model)
     assert keep and all(0 <= i < len(layers) for i in keep), f"layers {keep} of {len(layers)}"
     student_config = copy.deepcopy(model.config)
-    student_config.num_hidden_layers = len(keep)
-    if getattr(student_config, "layer_types", None):
-        student_config.layer_types = [student_config.layer_types[i] for i in keep]
+    text = student_config.get_text_config()
+    text.num_hidden_layers = len(keep)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[i] for i in keep]
     like = next(model.parameters())
     student = type(model)(student_config).to(like.device)
     for parameter in student.parameters():  # parameters only: rotary frequencies stay float32, as they do when loaded
         parameter.data = parameter.data.to(like.dtype)
     source = base_parameters(model)
-    renumber = {f"layers.{new}.": f"layers.{old}." for new, old in enumerate(keep)}
+    blocks = f"{name_of(model, layers)}."
+    renumber = {f"{blocks}{new}.": f"{blocks}{old}." for new, old in enumerate(keep)}
     for target_name, parameter in student.named_parameters():
         name = target_name
         for new, old in renumber.items():
-            if new in target_name:
+            if target_name.startswith(new):
                 name = target_name.replace(new, old)
                 break
         parameter.copy_(source[name])

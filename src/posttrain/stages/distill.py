@@ -18,6 +18,7 @@ from posttrain.contract import Sequence as Rendered
 from posttrain.errors import BaseModelError, IntegrityError, RecipeError
 from posttrain.objectives.distill import hinton_tokens, reduce_tokens, state_distance_tokens
 from posttrain.objectives.tensors import Metrics
+from posttrain.policy.architecture import blocks_of
 from posttrain.policy.importance import layer_importance, most_important
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import Policy
@@ -114,7 +115,7 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     embedding = student.base.get_input_embeddings().weight
     trained = {name: p for name, p in base_parameters(student.base).items() if p is not embedding}
     plan = batches(len(taught), options.batch, options.epochs, bench.seed)
-    met = reach(kept, len(teacher.base.base_model.layers)) if options.states > 0 else ()
+    met = reach(kept, len(blocks_of(teacher.base))) if options.states > 0 else ()
     learner = Learner(student, trained, options.optimiser, len(plan), blocks=range(len(met)))
     first = round(options.answers * len(plan))
 
