@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3Config
 
 from posttrain.errors import BaseModelError, PosttrainError
 from posttrain.policy import LoraOptions, Pack, Policy, cut_layers
-from posttrain.policy.importance import layer_importance
+from posttrain.policy.importance import check_student, layer_importance
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from tiny_models import FAMILIES, SIZES, logprobs_of_row, random_ids, sequence, stored, tiny_model
 
@@ -27,6 +27,11 @@ OWN: dict[str, dict[str, Any]] = {
         "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "lm_head_multiplier": 0.3,
     },
     "jetmoe": {},
+    "smollm3": {"no_rope_layer_interval": 4, "num_hidden_layers": 6},
+    "qwen2_moe": {
+        "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "mlp_only_layers": [0],
+    },
     "bloom": {"n_layer": 3, "n_head": 4},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 512},
     "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 11},
@@ -206,3 +211,27 @@ def test_an_architecture_whose_blocks_are_not_known_says_so_when_they_are_asked_
     policy = Policy(random_model("bloom"))
     with pytest.raises(BaseModelError, match="BloomForCausalLM"):
         policy.recompute = True
+
+
+def test_a_student_takes_along_all_that_the_configuration_lists_layer_by_layer() -> None:
+    kept = (0, 2, 3, 5)
+    teacher = random_model("smollm3", eos_token_id=[1, 2, 3, 4, 5, 6])  # as many as layers, but no layer's
+    wanted = [teacher.config.no_rope_layers[layer] for layer in kept]
+    student = cut_layers(teacher, kept)
+    assert student.config.no_rope_layers == wanted != teacher.config.no_rope_layers[: len(kept)]
+    assert student.config.eos_token_id == [1, 2, 3, 4, 5, 6]
+    check_student(Policy(student), Policy(teacher), kept)
+
+
+def test_a_student_that_is_not_its_teacher_without_the_other_layers_is_refused() -> None:
+    teacher = random_model("smollm3")
+    student = cut_layers(teacher, (0, 2, 3, 5))
+    student.model.layers[2].self_attn.use_rope = not student.model.layers[2].self_attn.use_rope
+    with pytest.raises(BaseModelError, match=r"nats from its teacher.*SmolLM3ForCausalLM"):
+        check_student(Policy(student), Policy(teacher), (0, 2, 3, 5))
+
+
+def test_a_student_whose_layers_would_be_of_another_kind_is_refused() -> None:
+    teacher = random_model("qwen2_moe")  # its dense layers are listed by number
+    with pytest.raises(BaseModelError, match="Qwen2MoeForCausalLM"):
+        cut_layers(teacher, (1, 2, 3))

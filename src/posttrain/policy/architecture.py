@@ -51,7 +51,7 @@ def beside_text(model: Any) -> str | None:
 
 def name_of(model: Any, module: Any) -> str:
     """What a model calls one of its modules; empty: itself."""
-    return next(name for name, found in model.named_modules() if found is module)
+    return next(str(name) for name, found in model.named_modules() if found is module)
 
 
 def mixing_layers(config: Any) -> list[str]:
@@ -92,7 +92,9 @@ def own_logprobs(model: Any) -> Tensor | None:
 def prove(policy: Any, wanted: Tensor | None) -> str:
     """Hold a policy's log-probabilities against those of its model (`own_logprobs`). Where a pack differs, the policy is left running row
     by row and the difference is returned; empty: it does not. BaseModelError where rows one by one differ, too."""
-    found = "" if wanted is None else _difference(policy, wanted)
+    if wanted is None:
+        return ""
+    found = _difference(policy, wanted)
     if not found:
         _proven.add(_kind(policy.base))
         return ""
@@ -122,23 +124,33 @@ def check_length(pack: Pack, steady: int | None) -> None:
 
 
 @torch.no_grad()
+def probe_logprobs(policy: Any) -> Tensor:
+    """`own_logprobs` as a policy computes them."""
+    pack = Pack.of([_unlearned(row) for row in _probe(policy.base)])
+    if policy.packs:  # node by node: what is asked is the architecture's, not a kernel's, which would be compiled first
+        tree = TreeAttention(pack, flex=False)
+        hidden = policy.forward(pack.ids.to(policy.device), pack.positions.to(policy.device), tree)
+    else:
+        hidden = policy.hidden(pack)
+    return torch.stack([policy.head.logits(hidden[pack.sequence_rows(b)]) for b in range(2)]).log_softmax(-1)
+
+
+def nats_apart(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> float | None:
+    """How far log-probabilities of the probe rows are from those wanted, in nats: what is expected under these, mean over a row's own
+    tokens, of the worse row. None where the computing type's rounding explains it."""
+    nats = float((wanted.exp() * (got - wanted).abs()).sum(-1)[:, -_OWN:].mean(-1).max())
+    return None if nats <= (_EXACT if dtype == torch.float32 else _ROUNDED) else nats
+
+
 def _difference(policy: Any, wanted: Tensor) -> str:
     """What tells a policy's log-probabilities on the probe rows from those wanted; empty: nothing but rounding."""
-    pack = Pack.of([_unlearned(row) for row in _probe(policy.base)])
     try:
-        if policy.packs:  # node by node: what is asked is the architecture's, not a kernel's, which would be compiled first
-            tree = TreeAttention(pack, flex=False)
-            hidden = policy.forward(pack.ids.to(policy.device), pack.positions.to(policy.device), tree)
-        else:
-            hidden = policy.hidden(pack)
-        got = torch.stack([policy.head.logits(hidden[pack.sequence_rows(b)]) for b in range(2)]).log_softmax(-1)
+        nats = nats_apart(probe_logprobs(policy), wanted, policy.dtype)
     except BaseModelError as error:
         return error.what
     except Exception as error:  # whatever model code raises that was not written for packs
         return f"a pass raised {type(error).__name__}: {error}"
-    apart = float((wanted.exp() * (got - wanted).abs()).sum(-1)[:, -_OWN:].mean(-1).max())
-    bound = _EXACT if policy.dtype == torch.float32 else _ROUNDED
-    return "" if apart <= bound else f"log-probabilities are {apart:.3g} nats from transformers' own on two short rows"
+    return "" if nats is None else f"log-probabilities are {nats:.3g} nats from transformers' own on two short rows"
 
 
 def _kind(model: Any) -> str:

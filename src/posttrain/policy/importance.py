@@ -1,4 +1,5 @@
-"""Which of a model's layers it can do without: the divergence that skipping each one alone brings.
+"""Which of a model's layers it can do without: the divergence that skipping each one alone brings; and whether a student without some
+is the teacher without them.
 
 A language model's layers differ a hundredfold in this: a few early ones, the last one and those whose attention copies what was said
 cannot go, while skipping one of many others changes almost nothing (Gromov et al. 2024, The Unreasonable Ineffectiveness of the Deeper
@@ -7,13 +8,15 @@ Layers, find runs of them). Measured on the records to be taught, since what a l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from posttrain.errors import BaseModelError
 from posttrain.objectives.distill import reverse_kl_tokens
-from posttrain.policy.architecture import blocks_of
+from posttrain.policy.architecture import blocks_of, nats_apart, probe_logprobs
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 
@@ -24,14 +27,26 @@ def layer_importance(policy: Policy, pack: Pack) -> list[float]:
     pack = pack.to(policy.device)
     whole = policy.hidden(pack)[pack.rows]
     found = []
-    for layer in blocks_of(policy.base):
-        hook = layer.register_forward_hook(_skip, with_kwargs=True)
-        try:
+    for layer in range(len(blocks_of(policy.base))):
+        with _skipped(policy, [layer]):
             without = policy.hidden(pack)[pack.rows]
-        finally:
-            hook.remove()
         found.append(float(policy.head.tokenwise(reverse_kl_tokens, whole, [(policy.head, without)]).mean()))
     return found
+
+
+def check_student(student: Policy, teacher: Policy, kept: Sequence[int]) -> None:
+    """BaseModelError unless a student as it was cut computes what its teacher computes without the layers that are not `kept`."""
+    with teacher.only_base(), _skipped(teacher, sorted(set(range(len(blocks_of(teacher.base)))) - set(kept))):
+        wanted = probe_logprobs(teacher)
+    # both make the same products, so that bfloat16 explains nothing here
+    nats = nats_apart(probe_logprobs(student), wanted, torch.float32)
+    if nats is not None:
+        raise BaseModelError(
+            f"a student of this architecture cannot be cut: it is {nats:.3g} nats from its teacher without the other layers",
+            where="distill.layers",
+            value=type(teacher.base).__name__,
+            remedy="distil a model whose layers do not depend on their place",
+        )
 
 
 _DEARER = (
@@ -55,6 +70,18 @@ def most_important(importance: Sequence[float], count: int) -> tuple[int, ...]:
                 continue
             gone.add(layer)
     return tuple(layer for layer in range(len(importance)) if layer not in gone)
+
+
+@contextmanager
+def _skipped(policy: Policy, layers: Sequence[int]) -> Iterator[None]:
+    """Inside, a pass leaves these layers out."""
+    blocks = blocks_of(policy.base)
+    hooks = [blocks[layer].register_forward_hook(_skip, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _skip(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from posttrain.errors import BindingError
+from posttrain.errors import BaseModelError, BindingError
 from posttrain.policy.architecture import blocks_of, name_of
 
 
@@ -113,18 +113,12 @@ def save_dense(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def cut_layers(model: Any, keep: tuple[int, ...]) -> Any:
-    """A student with the same embeddings and head and the layers `keep` of the teacher, copied."""
-    import copy
-
+    """A student with the same embeddings and head and the layers `keep` of the teacher, copied. BaseModelError where the configuration
+    does not lead to layers of the same shapes; whether they compute the same is asked by `importance.check_student`."""
     layers = blocks_of(model)
     assert keep and all(0 <= i < len(layers) for i in keep), f"layers {keep} of {len(layers)}"
-    student_config = copy.deepcopy(model.config)
-    text = student_config.get_text_config()
-    text.num_hidden_layers = len(keep)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in keep]
     like = next(model.parameters())
-    student = type(model)(student_config).to(like.device)
+    student = type(model)(_cut_config(model.config, keep, len(layers))).to(like.device)
     for parameter in student.parameters():  # parameters only: rotary frequencies stay float32, as they do when loaded
         parameter.data = parameter.data.to(like.dtype)
     source = base_parameters(model)
@@ -136,6 +130,27 @@ def cut_layers(model: Any, keep: tuple[int, ...]) -> Any:
             if target_name.startswith(new):
                 name = target_name.replace(new, old)
                 break
+        if name not in source or source[name].shape != parameter.shape:
+            raise BaseModelError(
+                "a student of this architecture cannot be cut: its layers differ by what the configuration does not list layer by layer",
+                where=name,
+                value=type(model).__name__,
+                remedy="distil a model whose layers are alike",
+            )
         parameter.copy_(source[name])
     student.tie_weights()
     return student
+
+
+def _cut_config(config: Any, keep: tuple[int, ...], layers: int) -> Any:
+    """A copy of a configuration for the layers `keep` of so many: of every list with a value for each layer, theirs."""
+    import copy
+
+    cut = copy.deepcopy(config)
+    text = cut.get_text_config()
+    text.num_hidden_layers = len(keep)
+    for name, values in list(vars(text).items()):
+        listed = isinstance(values, list | tuple) and len(values) == layers
+        if listed and name != "architectures" and not name.endswith("token_id"):
+            setattr(text, name, type(values)(values[layer] for layer in keep))
+    return cut

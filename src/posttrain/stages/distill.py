@@ -19,7 +19,7 @@ from posttrain.errors import BaseModelError, IntegrityError, RecipeError
 from posttrain.objectives.distill import hinton_tokens, reduce_tokens, state_distance_tokens
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.architecture import blocks_of
-from posttrain.policy.importance import layer_importance, most_important
+from posttrain.policy.importance import check_student, layer_importance, most_important
 from posttrain.policy.pack import Pack, fill_packs
 from posttrain.policy.policy import Policy
 from posttrain.policy.refit import check_refit, reach, refit
@@ -107,6 +107,7 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     check_layers(options, teacher)
     kept = _kept(options, teacher, taught)
     student = Policy(cut_layers(teacher.base, kept))
+    check_student(student, teacher, kept)
     student.recompute = teacher.recompute
     if options.refit > 0:
         pack = _one_pack(taught, options.fitted)
