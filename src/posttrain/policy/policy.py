@@ -38,11 +38,6 @@ from posttrain.ranges import Count, Positive
 
 _log = logging.getLogger(__name__)
 
-_SPARED = [
-    "out_proj",
-    "conv1d",
-]  # of layers that mix tokens, which PEFT refuses to adapt: their kernels read the weights themselves
-
 
 @dataclass(frozen=True, slots=True)
 class LoraOptions:

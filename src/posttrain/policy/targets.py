@@ -11,10 +11,8 @@ from posttrain.policy.architecture import beside_text, blocks_of, mixing_layers
 if TYPE_CHECKING:
     from posttrain.policy.policy import LoraOptions
 
-_SPARED = [
-    "out_proj",
-    "conv1d",
-]  # of layers that mix tokens, which PEFT refuses to adapt: their kernels read the weights themselves
+# of layers that mix tokens, which PEFT refuses to adapt: their kernels read the weights themselves
+_SPARED = ["out_proj", "conv1d"]
 
 
 def targets(model: Any, options: LoraOptions) -> dict[str, Any]:
