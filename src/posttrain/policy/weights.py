@@ -38,7 +38,8 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def fast_dtype(device: str = "cpu") -> torch.dtype:
     """bf16 or fp32, whichever multiplies a training-shaped matrix faster on this machine.
 
-    CPUs with AMX or AVX512-BF16 are several times faster in bf16; without them bf16 is emulated and several times slower.
+    CPUs with AMX are several times faster in bf16; with AVX512-BF16 alone it was a quarter slower than fp32, and without either it is
+    emulated and several times slower.
     `POSTTRAIN_DTYPE` (bfloat16 | float32) decides instead of the measurement.
     """
     import os
