@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from posttrain.contract import template
 from posttrain.data.records import ToolSpec
 from posttrain.errors import GrammarError
-from posttrain.grammar import CALL_CLOSE, CALL_OPEN, Grammar, GrammarEngine, json_grammar, turn_grammar
+from posttrain.grammar import CALL_CLOSE, CALL_OPEN, Grammar, GrammarEngine, json_grammar, text_grammar, turn_grammar
 
 MONEY = {"type": "string", "pattern": "^-?[0-9]{1,4}\\.[0-9]{2}$"}
 ANSWER: dict[str, Any] = {
@@ -184,6 +184,17 @@ def test_without_tools_a_call_cannot_be_written(engine: GrammarEngine, tokenizer
     assert not consumes(engine, tokenizer, turn_grammar((), None), call("现金"))
     assert not consumes(engine, tokenizer, turn_grammar((), ANSWER), call("现金"))
     assert consumes(engine, tokenizer, turn_grammar((), ANSWER), '{"decision":"refuse","summary":"no","figures":[]}')
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [("the balance is 12.50\n现金", True), (" <b>12.50</b>", True), ('{"decision":"answer"}', True), ("<b>", False), ("", False),
+     ("see " + CALL_OPEN, False), ("<|im_end|>", False)],
+)  # fmt: skip
+def test_plain_text_begins_like_text_and_holds_no_call(
+    engine: GrammarEngine, tokenizer: PreTrainedTokenizerFast, text: str, good: bool
+) -> None:
+    assert consumes(engine, tokenizer, text_grammar(), text) is good
 
 
 def test_the_same_tools_and_answer_give_the_same_grammar() -> None:

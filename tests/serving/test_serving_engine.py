@@ -10,7 +10,7 @@ import pytest
 from posttrain.contract import MalformedCall, parse_turn
 from posttrain.data.records import Message, StopReason, ToolCall, ToolSpec
 from posttrain.errors import ContractError, DataError, GrammarError, PosttrainError
-from posttrain.grammar import json_grammar, turn_grammar
+from posttrain.grammar import json_grammar, text_grammar, turn_grammar
 from posttrain.sampling.protocol import Sample, SampleOptions, SampleRequest
 from posttrain.serving import Completion, CompletionRequest, ContractEngine, Finish, InvalidAnswer, Prepared
 
@@ -171,7 +171,7 @@ def test_requests_reach_the_sampler_with_prompt_adapter_seed_options_and_grammar
     requests = [plain, replace(plain, response_schema=SCHEMA), replace(plain, tools=(TOOL,), response_schema=SCHEMA, max_calls=1)]
     complete(engine, requests)
     [seen] = sampler.calls
-    text, document, turn = turn_grammar((), None), json_grammar(SCHEMA), turn_grammar((TOOL,), SCHEMA, max_calls=1)
+    text, document, turn = text_grammar(), json_grammar(SCHEMA), turn_grammar((TOOL,), SCHEMA, max_calls=1)
     assert [request.grammar for request in seen] == [text, document, turn]
     assert seen[0] == SampleRequest(tuple(b"Hi"), 4, options, text, "adapter-1", "bank")
 

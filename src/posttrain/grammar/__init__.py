@@ -2,7 +2,7 @@
 
 from posttrain.grammar.evidence import shown
 from posttrain.grammar.matcher import Grammar, GrammarEngine, Matcher, allowed_counts, forced_rows
-from posttrain.grammar.turn import CALL_CLOSE, CALL_OPEN, bound_answer, json_grammar, turn_grammar
+from posttrain.grammar.turn import CALL_CLOSE, CALL_OPEN, bound_answer, json_grammar, text_grammar, turn_grammar
 
 __all__ = [
     "CALL_CLOSE",
@@ -15,5 +15,6 @@ __all__ = [
     "forced_rows",
     "json_grammar",
     "shown",
+    "text_grammar",
     "turn_grammar",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import jsonschema_rs
@@ -23,6 +24,14 @@ _OPTIONS = {"whitespace_flexible": False, "item_separator": ",", "key_separator"
 _HEAD = "%llguidance {}"
 # Text that contains a call's marker would be read as a broken call, so a free answer cannot contain one.
 _TEXT = r"TEXT: /(?s:.+)/ & ~/(?s:.*)<\/?tool_call>(?s:.*)/"
+
+
+@cache
+def text_grammar() -> Grammar:
+    """What an assistant says where no tool is offered and no schema given: text without calls and without the text of special tokens.
+
+    It does not begin with `<`: a model that learned to call would open a call there and, not let through, go astray."""
+    return Grammar(f"{_HEAD}\nstart: TEXT\n{_TEXT} & /[^<](?s:.*)/\n")
 
 
 def json_grammar(schema: Mapping[str, Any], evidence: Sequence[str] | None = None) -> Grammar:

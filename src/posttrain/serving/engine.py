@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cache
 from typing import Any, Protocol
 
 import jsonschema_rs
@@ -14,7 +13,7 @@ import jsonschema_rs
 from posttrain.contract import CALL_OPEN, MalformedCall
 from posttrain.data.records import Message, StopReason, ToolSpec
 from posttrain.errors import ContractError, DataError, PosttrainError
-from posttrain.grammar import Grammar, json_grammar, shown, turn_grammar
+from posttrain.grammar import Grammar, json_grammar, shown, text_grammar, turn_grammar
 from posttrain.sampling.protocol import Sample, SampleOptions, SampleRequest, Stream, StreamSampler
 
 
@@ -181,13 +180,7 @@ def _grammar(request: CompletionRequest) -> Grammar:
     evidence = shown(request.messages)
     if request.tools:
         return turn_grammar(request.tools, request.response_schema, max_calls=request.max_calls, evidence=evidence)
-    return _plain_text() if request.response_schema is None else json_grammar(request.response_schema, evidence)
-
-
-@cache
-def _plain_text() -> Grammar:
-    """Text without calls and without the text of special tokens: a model that learned tools would call them where none is offered."""
-    return turn_grammar((), None)
+    return text_grammar() if request.response_schema is None else json_grammar(request.response_schema, evidence)
 
 
 def _offered(message: Message, tools: Sequence[ToolSpec]) -> Message:
