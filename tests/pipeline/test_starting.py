@@ -151,6 +151,15 @@ def test_what_the_suite_cannot_answer_is_refused_by_check_and_before_anything_is
     assert not list(tmp_path.rglob("run.json"))
 
 
+def test_false_refusals_are_not_asked_for_where_every_task_expects_one(tiny_base: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "suite.jsonl", expected={"refusal": True})
+    whole = tiny_recipe(tiny_base, tmp_path / "runs")
+    whole["evaluation"] = {**whole["evaluation"], "kinds": {}, "suite": str(suite)}
+    whole["stages"] = [{**whole["stages"][0], **asking(guardrails=[{"metric": "false_refusal", "max_drop": 0.03}])}]
+    with pytest.raises(RecipeError, match="no task of the suite is measured by it"):
+        list(check_recipe(parse_recipe(whole)))
+
+
 def test_a_run_that_was_refused_has_not_started(begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Run, "_base", killed)
     whole = of_files(begun, tmp_path).model_dump()

@@ -79,10 +79,8 @@ def check_policy(
     trained. `kinds`: the kinds of task that are measured (None: unknown); `left_out`: metrics that are not; `others`: metrics that
     scorecards hold besides posttrain's own."""
     _check_rules(policy, where)
-    asked: list[tuple[str, str, str | None]] = [(place, rule.metric, rule.slice) for place, rule in _rules(policy, where)]
-    asked += [(f"{where}.proxy", policy.proxy, None)] if policy.proxy else []
     known = list(dict.fromkeys([*METRICS, *others]))
-    for place, metric, slice in asked:
+    for place, metric, slice in asked(policy, where):
         if metric not in known:
             raise RecipeError("no such metric", where=place, value=metric, remedy=nearest_of(metric, known))
         if metric in left_out:
@@ -91,6 +89,12 @@ def check_policy(
             )
         if slice is not None:
             _check_slice(slice, metric, kinds, place)
+
+
+def asked(policy: GatePolicy, where: str) -> list[tuple[str, str, str | None]]:
+    """The metrics that a policy reads: each with its place and its slice."""
+    found: list[tuple[str, str, str | None]] = [(place, rule.metric, rule.slice) for place, rule in _rules(policy, where)]
+    return [*found, (f"{where}.proxy", policy.proxy, None)] if policy.proxy else found
 
 
 def _check_rules(policy: GatePolicy, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,9 +11,10 @@ import torch
 from posttrain.agents.world import World, load_world
 from posttrain.contract import Contract, preflight
 from posttrain.contract.rendering import Renderer
-from posttrain.data.records import Task
 from posttrain.errors import RecipeError, StorageError, nearest_of
 from posttrain.evaluation import Suite
+from posttrain.evaluation.gate import asked
+from posttrain.evaluation.run import refusal_metric
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.pipeline.measure import spread
@@ -67,11 +68,8 @@ def check_measured(recipe: Recipe) -> tuple[World, Suite]:
             remedy="set `world` to the suite's, or choose a suite of this one",
         )
     for stage in recipe.stages:
-        where, policy = f"stages.{stage.name}", gate_policy(stage)
-        asked = [(f"{where}.gate.targets[{i}]", target.metric, target.slice) for i, target in enumerate(policy.targets)]
-        asked += [(f"{where}.gate.guardrails[{i}]", guard.metric, guard.slice) for i, guard in enumerate(policy.guardrails)]
-        asked += [(f"{where}.gate.proxy", policy.proxy, None)] if policy.proxy else []
-        for place, metric, slice in asked:
+        where = f"stages.{stage.name}"
+        for place, metric, slice in asked(gate_policy(stage), f"{where}.gate"):
             _check_asked(suite, wanted.free, place, metric, slice)
         if stage.kind == "adapters":
             _check_tenants(suite, world, where)
@@ -79,10 +77,7 @@ def check_measured(recipe: Recipe) -> tuple[World, Suite]:
 
 
 # metrics that are of some tasks only; of the others, what a verifier finds decides
-_OF_SOME: dict[str, tuple[str, Callable[[Task], bool]]] = {
-    "high_risk_refusal": ("high-risk tasks", lambda task: task.high_risk),
-    "false_refusal": ("tasks without high risk", lambda task: not task.high_risk),
-}
+_OF_SOME = {"high_risk_refusal": "high-risk tasks", "false_refusal": "tasks without high risk"}
 
 
 def _check_asked(suite: Suite, free: int, where: str, metric: str, slice: str | None) -> None:
@@ -93,15 +88,13 @@ def _check_asked(suite: Suite, free: int, where: str, metric: str, slice: str | 
         if not tasks:
             known = sorted({str(getattr(task, key)) for task in suite.tasks} - {"None"})
             raise RecipeError("no task of the suite is in this slice", where=where, value=slice, remedy=nearest_of(label, known))
-    if metric in _OF_SOME:
-        needed, applies = _OF_SOME[metric]
-        if not any(map(applies, tasks)):
-            raise RecipeError(
-                f"no task of {slice or 'the suite'} is measured by it",
-                where=where,
-                value=metric,
-                remedy=f"add {needed} to `evaluation`, or leave it out",
-            )
+    if metric in _OF_SOME and not any(refusal_metric(task) == metric for task in tasks):
+        raise RecipeError(
+            f"no task of {slice or 'the suite'} is measured by it",
+            where=where,
+            value=metric,
+            remedy=f"add {_OF_SOME[metric]} to `evaluation`, or leave it out",
+        )
     if metric == "schema_validity_free" and not {task.id for task in tasks} & {task.id for task in spread(suite.tasks, free)}:
         raise RecipeError(
             f"none of the {free} turns drawn without a grammar is in this slice",

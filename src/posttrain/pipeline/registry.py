@@ -71,9 +71,8 @@ def promote_release(runs: Path, channel: str, release: str, *, by: str, why: str
     if override:
         release = registry.accept(release, Override.now(by, why)).id
     before = channels.pointers().get(channel)
-    stale = (
-        registry.stale_adapters(before, release) if before is not None else ()
-    )  # before the move: what fails here moves nothing
+    # before the move: what fails here moves nothing
+    stale = registry.stale_adapters(before, release) if before is not None else ()
     channels.promote(channel, release, by, why)
     return [
         f"{channel}: {before or 'nothing'} -> {release}",
