@@ -21,10 +21,7 @@ SLOTS = {
     name: f"<{name}>"
     for name in ("account", "party", "cc", "period", "ref", "ref2", "amount", "topic", "when", "token", "a1", "a2", "n")
 }
-SLOTS |= {
-    name: f"<{name}>"
-    for name in ("iban", "date", "gap", "half", "bank", "ar", "ap", "exp", "fees", "right", "wrong", "je1", "je2")
-}
+SLOTS |= {name: f"<{name}>" for name in ("iban", "date", "gap", "half", "bank", "ar", "dr", "cr", "right", "je1", "je2")}
 SLOTS |= {name: f"<{name}>" for name in ("line", "cleared")}
 
 

@@ -323,11 +323,11 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.SINGLE_TURN: ((facts, 0.5), (advise_mixed, 0.5)),
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
     Shape.TOOL_TRAJECTORY: (
-        (tool_call, 0.42),
-        (tool_lookup, 0.31),
+        (tool_call, 0.36),
+        (tool_lookup, 0.28),
         (missing_document, 0.04),
         (two_calls, 0.04),
-        (reconcile_task, 0.15),  # enough to begin with: stage 5 learns the rest from what its verifier passes
+        (reconcile_task, 0.24),  # enough to begin with: stage 5 learns the rest from what its verifier passes
         (reconcile_closed, 0.04),
     ),
     # what is said after the books were read decides as much as the first call: pay, refuse, or only report

@@ -7,7 +7,6 @@ from typing import Any
 
 from posttrain.worlds.finance_ops import money
 from posttrain.worlds.finance_ops.answers import Answer, Decision
-from posttrain.worlds.finance_ops.chart import PAYABLES
 from posttrain.worlds.finance_ops.differences import Difference, Kind
 from posttrain.worlds.finance_ops.scenarios.bench import Bench
 from posttrain.worlds.finance_ops.styles import Reply
@@ -71,7 +70,7 @@ def _slots(bench: Bench, truth: Difference) -> dict[str, str]:
         plain = write_amount(bench.rng, money.text(value))
         return plain.strip("EUR €")
 
-    _, credit = truth.booked
+    debit, credit = truth.booked
     entries = (*truth.entries, "", "")
     return {
         "ref": truth.doc,
@@ -82,11 +81,9 @@ def _slots(bench: Bench, truth: Difference) -> dict[str, str]:
         "half": shown(truth.gap // 2),
         "bank": {Kind.UNMATCHED_RECEIPT: truth.debit, Kind.TIMING_DIFFERENCE: credit}.get(truth.kind, truth.credit),
         "ar": truth.credit,
-        "ap": PAYABLES,
-        "exp": truth.credit,
-        "fees": truth.debit,
+        "dr": debit,
+        "cr": credit,
         "right": truth.debit,
-        "wrong": truth.credit,
         "je1": entries[0],
         "je2": entries[1],
         "line": entries[1],
