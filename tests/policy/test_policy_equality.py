@@ -146,6 +146,22 @@ def test_hidden_states_at_the_ends_are_those_of_each_row_alone() -> None:
         torch.testing.assert_close(hidden[pack.sequence_rows(b)], alone, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_rounds_a_pack_up_is_seen_by_nothing(family: str) -> None:
+    policy = Policy(tiny_model(family))
+    pack = Pack.of([partly(ids) for ids in CASES["longer than the window"]])
+    with torch.no_grad():
+        torch.testing.assert_close(policy.hidden(pack.rounded(64))[: pack.tokens], policy.hidden(pack), atol=2e-5, rtol=0)
+
+
+def test_states_are_those_of_the_packs_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, pack, passed = Policy(tiny_model()), Pack.of([partly(ids) for ids in CASES["nested prefixes"]]), []
+    monkeypatch.setattr(policy, "forward", lambda ids, *rest: passed.append(len(ids)) or Policy.forward(policy, ids, *rest))
+    hidden, (state,) = policy.states(pack, [0])
+    assert passed == [64 * -(-pack.tokens // 64)] and passed[0] > pack.tokens
+    assert len(hidden) == len(state) == pack.tokens
+
+
 def test_the_sink_receives_the_keys_and_values_of_every_layer() -> None:
     policy = Policy(tiny_model())
     pack = Pack.of([partly(ids) for ids in CASES["one shared prefix"]])
@@ -172,6 +188,6 @@ def test_states_after_the_last_block_are_the_hidden_states_before_the_final_norm
     with torch.no_grad():
         hidden, (before, after) = policy.states(pack, [0, last])
         plain = policy.hidden(pack)
-        assert torch.equal(hidden, plain)
+        torch.testing.assert_close(hidden, plain, atol=2e-5, rtol=0)
         assert torch.allclose(policy.base.base_model.norm(after), plain, atol=1e-6) and not torch.allclose(before, after)
     assert not any(block._forward_hooks for block in policy.base.base_model.layers)

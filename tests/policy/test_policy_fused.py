@@ -182,3 +182,12 @@ def test_modules_of_unknown_kinds_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     fused.install(model, fused.Mix())
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("rows", [703, 704, 1024, 1025, 1343, 1344])
+def test_a_product_in_parts_is_the_whole_product(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, 48, generator=generator).to(torch.bfloat16)
+    weight = torch.randn(40, 48, generator=generator).to(torch.bfloat16)
+    torch.testing.assert_close(fused._product(x, weight.t()), torch.nn.functional.linear(x, weight))

@@ -87,6 +87,23 @@ def test_bfloat16_hidden_states_give_float32_log_probabilities() -> None:
     out.sum().backward()
 
 
+@pytest.mark.parametrize("rows", [1, 16, 19])
+@pytest.mark.parametrize("cap", [None, 5.0])  # the written gradient, and the one of any function
+def test_rows_that_round_a_bfloat16_product_up_leave_no_trace(rows: int, cap: float | None) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(40, 24, generator=generator).to(torch.bfloat16)
+    hidden, targets = torch.randn(rows, 24, generator=generator), torch.arange(rows) % 40
+    found, wanted = hidden.to(torch.bfloat16).requires_grad_(True), hidden.to(torch.bfloat16).float().requires_grad_(True)
+    values = Head(weight, None, 1.0, cap).logprobs(found, targets, chunk=17)
+    plain = Head(weight.float(), None, 1.0, cap).logprobs(wanted, targets)
+    assert values.shape == (rows,)
+    torch.testing.assert_close(values, plain, atol=0.05, rtol=0)
+    values.sum().backward()
+    plain.sum().backward()
+    assert found.grad is not None and wanted.grad is not None
+    torch.testing.assert_close(found.grad.float(), wanted.grad, atol=0.06, rtol=0.05)
+
+
 def test_a_trained_head_gets_its_own_gradient() -> None:
     weight = torch.randn(50, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
     hidden, targets = rows()

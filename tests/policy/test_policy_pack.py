@@ -55,6 +55,16 @@ def test_prefixes_nest() -> None:
     assert pack.sequence_rows(2).tolist() == [*range(20), 21]
 
 
+def test_a_rounded_pack_asks_the_same_of_the_same_tokens() -> None:
+    pack = pack_of([*range(10, 20), 1, 2], [*range(10, 20), 3])
+    rounded = pack.rounded(8)
+    assert rounded.tokens == 16 and rounded.ids[:13].equal(pack.ids) and rounded.positions[:13].equal(pack.positions)
+    assert rounded.nodes == (*pack.nodes, Node(13, 16, 0, -1)) and rounded.reach()[:3] == pack.reach()
+    assert rounded.rows.equal(pack.rows) and rounded.members == pack.members and rounded.ends == pack.ends
+    assert int(rounded.positions[13:].max()) == 0  # a position that every architecture has
+    assert pack.rounded(13) is pack
+
+
 @pytest.mark.parametrize(("shared", "stored"), [(MIN_SHARED - 1, 2 * (MIN_SHARED - 1) + 6), (MIN_SHARED, MIN_SHARED + 6)])
 def test_a_prefix_shorter_than_the_minimum_is_not_split_off(shared: int, stored: int) -> None:
     assert pack_of([9] * shared + [1, 2, 3], [9] * shared + [4, 5, 6]).tokens == stored

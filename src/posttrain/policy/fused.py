@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 _BLOCK = 192  # tokens; [192, 1536] float32 is 1.1 MB
+_NARROW, _PART = 640, 512  # columns of a product that oneDNN does not share well, and rows that it shares again
+_UNSHARED = (704, 1344)
 _NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 _MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 
@@ -202,7 +204,9 @@ class _ThinLora(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = torch.mm(rows, a.t())
-        out = F.linear(rows, weight, bias).addmm_(inner, b.t(), alpha=scale)
+        # W's part has the bits of F.linear, which the reference goes through
+        out = _product(rows, weight.t()) if bias is None else F.linear(rows, weight, bias)
+        out.addmm_(inner, b.t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, inner)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
@@ -213,8 +217,21 @@ class _ThinLora(torch.autograd.Function):
         x, weight, a, b, inner = ctx.saved_tensors
         rows, dy = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, b.shape[0])
         thin = torch.mm(dy, b)
-        dx = torch.mm(dy, weight).addmm_(thin, a, alpha=ctx.scale).view_as(x) if ctx.needs_input_grad[0] else None
+        dx = _product(dy, weight).addmm_(thin, a, alpha=ctx.scale).view_as(x) if ctx.needs_input_grad[0] else None
         return dx, None, None, torch.mm(thin.t(), rows).mul_(ctx.scale), torch.mm(dy.t(), inner).mul_(ctx.scale), None
+
+
+def _product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows [T, in], weight [in, out] -> [T, out]. Of two threads oneDNN leaves one idle where rows are some hundred more than columns; in
+    parts of 350 to 512 rows both work (docs/performance.md). The way depends on shapes alone: a resumed run has the same bits."""
+    count, columns = len(rows), weight.shape[1]
+    if torch.get_num_threads() != 2 or columns > _NARROW or not _UNSHARED[0] <= count < _UNSHARED[1]:
+        return torch.mm(rows, weight)
+    out = rows.new_empty(count, columns)
+    size = -(-count // -(-count // _PART))
+    for start in range(0, count, size):
+        torch.mm(rows[start : start + size], weight, out=out[start : start + size])
+    return out
 
 
 def _factor_gradients(x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:

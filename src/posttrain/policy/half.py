@@ -11,6 +11,9 @@ one run of the pack. Nothing is joined, and a shared trunk's gradients are one p
 Products are rounded to bfloat16, and both brackets are small differences of large numbers. The subtraction is therefore made
 inside the product, which sums in float32: two more columns hold what is taken away and what its rounding left.
 
+oneDNN compiles each shape of a product anew, which takes as long as ten to thirty of these products, and nodes have ever other sizes. So a
+product covers a few neighbours more, up to sizes that come again; what they add is set to 0 where probabilities are.
+
 Axis letters: T tokens of the pack, H query heads, G key heads, R = H / G, D head size, n queries of a product, S keys of a node.
 """
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from posttrain.policy.attention import TreeAttention
 
 _PAIRS = 1 << 23  # of queries and keys whose probabilities are in memory at once
+_STEP = 32  # tokens: queries and keys of a product are multiples of it
 
 
 class HalfAttention(torch.autograd.Function):
@@ -47,33 +51,49 @@ class HalfAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        scale, tree, kv_heads = ctx.scale, ctx.tree, k.shape[1]
-        grouped = [_by_key_head(tensor, kv_heads) for tensor in (q, gradients[0])]
+        scale, tree, kv_heads, repeat = ctx.scale, ctx.tree, k.shape[1], q.shape[1] // k.shape[1]
         less = lse / -scale, (gradients[0].float() * out).sum(-1).neg_()
-        q_gnx, do_gnx = (_widened(rows, _by_key_head(x[..., None], kv_heads)) for rows, x in zip(grouped, less, strict=True))
-        q_gnd, do_gnd = grouped
-        k_gtd = k[0].contiguous()
+        q_gnd, do_gnd, k_gtd, v_gtd = (_by_key_head(tensor, kv_heads) for tensor in (q, gradients[0], k, v))
+        q_gnx, do_gnx = (
+            _widened(rows, _by_key_head(x[..., None], kv_heads)) for rows, x in zip((q_gnd, do_gnd), less, strict=True)
+        )
         ones = k.new_ones(*k_gtd.shape[:2], 2)
-        k_gtx, v_gtx = torch.cat([k_gtd, ones], -1), torch.cat([v[0], ones], -1)
+        k_gtx, v_gtx = torch.cat([k_gtd, ones], -1), torch.cat([v_gtd, ones], -1)
         dq, dk, dv = torch.zeros_like(q_gnd), torch.zeros_like(k_gtd), torch.zeros_like(k_gtd)
-        for rows, keys, blind in tree.by_key(ctx.window, q.shape[1] // kv_heads, _PAIRS // q.shape[1]):
+        for rows, keys, blind in tree.by_key(ctx.window, repeat, _PAIRS // q.shape[1]):
+            asked, seen = rows.stop - rows.start, keys.stop - keys.start
+            rows, keys = _rounded(rows, repeat * _STEP), _rounded(keys, _STEP)
             p = torch.baddbmm(ones[:1, :1, :1], q_gnx[:, rows], k_gtx[:, keys].mT, beta=0, alpha=scale).exp_()
             if blind is not None:
-                p[:, : len(blind)].masked_fill_(blind, 0)
+                p[:, : len(blind), :seen].masked_fill_(blind, 0)
+            p[:, asked:].zero_()
+            p[:, :, seen:].zero_()
             ds = torch.bmm(do_gnx[:, rows], v_gtx[:, keys].mT).mul_(p)
             dv[:, keys].baddbmm_(p.mT, do_gnd[:, rows])
             dk[:, keys].baddbmm_(ds.mT, q_gnd[:, rows], alpha=scale)
             dq[:, rows].baddbmm_(ds, k_gtd[:, keys], alpha=scale)
-        dq = dq.view(kv_heads, q.shape[2], -1, q.shape[3]).transpose(1, 2).reshape(q.shape)
+        count = q.shape[2]
+        dq, dk, dv = dq[:, : count * repeat], dk[:, :count], dv[:, :count]
+        dq = dq.reshape(kv_heads, count, -1, q.shape[3]).transpose(1, 2).reshape(q.shape)
         return dq, dk[None], dv[None], None, None, None
 
 
 def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
-    """[1, H, T, *] -> [G, T * R, *]: the heads that share keys as more queries of them, token by token."""
-    return x[0].view(kv_heads, -1, *x.shape[2:]).transpose(1, 2).reshape(kv_heads, -1, x.shape[-1])
+    """[1, H, T, *] -> [G, (T + _STEP) R, *]: the heads that share keys as more queries of them, token by token, with zeros behind that
+    the last product may cover."""
+    count = x.shape[2]
+    tokens = x[0].view(kv_heads, -1, *x.shape[2:]).transpose(1, 2)
+    out = x.new_zeros(kv_heads, count + _STEP, *tokens.shape[2:])
+    out[:, :count] = tokens
+    return out.flatten(1, 2)
 
 
 def _widened(rows: Tensor, less: Tensor) -> Tensor:
     """[G, n, D] and what to add to its products [G, n, 1] float32 -> [G, n, D + 2]."""
     rounded = less.to(rows.dtype)
     return torch.cat([rows, rounded, (less - rounded).to(rows.dtype)], -1)
+
+
+def _rounded(run: slice, multiple: int) -> slice:
+    """From the same start, up to a multiple of so many."""
+    return slice(run.start, run.stop + (run.start - run.stop) % multiple)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from contextlib import suppress
+from pathlib import Path
 
 _MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD, _ARENA_MAX = -4, -1, -2, -8  # of mallopt, malloc.h
 
@@ -26,7 +28,31 @@ def give_memory_back() -> None:
 
 
 def trim_heap() -> None:
-    """Give free pages back. Now and then in a long training, too: tensors of ever other sizes leave gaps, and the heap grows by what
-    lies in them."""
+    """Give free pages back."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+class Growth:
+    """Within a long training: tensors of ever other sizes leave gaps, and the heap grows by what lies in them. Giving them back costs the
+    faults of a whole step, so it is done when they have become `room` bytes."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._before: int | None = None  # resident bytes after the first step, or the first one since pages were given back
+
+    def step(self) -> None:
+        """Call it after each step."""
+        now = resident()
+        if self._before is None or now < self._before:
+            self._before = now
+        elif now - self._before > self._room:
+            trim_heap()
+            self._before = None
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not tell."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text("ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0

@@ -106,6 +106,21 @@ class Pack:
         names = ("ids", "positions", "rows", "targets", "sequence", "step", "weights")
         return replace(self, **{name: getattr(self, name).to(device) for name in names}, _cache={})
 
+    def rounded(self, multiple: int) -> Pack:
+        """The pack with tokens behind its own, up to a multiple of so many, that nobody sees and nothing is asked of: a node of their own,
+        all at position 0, which every architecture knows."""
+        missing = -self.tokens % multiple
+        if not missing:
+            return self
+        filler = self.ids.new_zeros(missing)
+        return replace(
+            self,
+            ids=torch.cat([self.ids, filler]),
+            positions=torch.cat([self.positions, filler]),
+            nodes=(*self.nodes, Node(self.tokens, self.tokens + missing, 0, -1)),
+            _cache={},
+        )
+
     def ancestors(self, node: int) -> list[int]:
         """Node indices from the root down to, not including, `node`."""
         path: list[int] = []

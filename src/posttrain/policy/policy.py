@@ -37,6 +37,7 @@ from posttrain.policy.weights import fingerprint
 from posttrain.ranges import Count, Positive
 
 _log = logging.getLogger(__name__)
+_ROUND = 64  # tokens: a thirtieth of a pack more, on average
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,7 +397,8 @@ class Policy:
         forget_merged(self.base)
 
     def states(self, pack: Pack, blocks: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-        """`hidden`, and the residual stream [T, hidden] after each of the given blocks."""
+        """`hidden`, and the residual stream [T, hidden] after each of the given blocks. What trains goes this way: the pass is over the
+        pack rounded up, as sizes that come again find their kernels and their memory again."""
         found: dict[int, Tensor] = {}
 
         def keep(block: int) -> Callable[[nn.Module, object, object], None]:
@@ -405,14 +407,14 @@ class Policy:
 
             return hook
 
-        layers = blocks_of(self.base)
+        layers = blocks_of(self.base) if blocks else ()
         hooks = [layers[block].register_forward_hook(keep(block)) for block in blocks]
         try:
-            hidden = self.hidden(pack)
+            hidden = self.hidden(pack.rounded(_ROUND) if self.packs else pack)
         finally:
             for hook in hooks:
                 hook.remove()
-        return hidden, [found[block][0] for block in blocks]
+        return hidden[: pack.tokens], [found[block][0, : pack.tokens] for block in blocks]
 
     def forward(self, ids: Tensor, positions: Tensor, context: object) -> Tensor:
         """One pass over flat tokens: ids, positions [T] -> hidden [T, hidden]; `context` computes the attention."""
@@ -425,7 +427,8 @@ class Policy:
 
     def logprobs(self, pack: Pack, chunk: int = 256) -> Tensor:
         """log pi(target | its prefix) [N] float32 of every prediction of the pack; differentiable when an adapter trains."""
-        return self.head.logprobs(self.hidden(pack)[pack.rows.to(self.device)], pack.targets.to(self.device), chunk)
+        hidden, _ = self.states(pack, ())  # as a learner's pass: a fresh adapter must give its reference's bits
+        return self.head.logprobs(hidden[pack.rows.to(self.device)], pack.targets.to(self.device), chunk)
 
 
 def quiet_transformers() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from posttrain.contract import Contract
 from posttrain.contract import Sequence as Rendered
 from posttrain.contract.rendering import Renderer
-from posttrain.policy.heap import trim_heap
+from posttrain.policy.heap import Growth
 from posttrain.policy.pack import Pack
 from posttrain.policy.policy import Policy
 from posttrain.training import Checkpointer, Learner, Objective, team
@@ -65,7 +65,7 @@ class Work:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-_TRIMMED = 16  # steps from one giving back of memory to the next: a student's steps left gaps of 35 MB each
+_GAPS = 512 << 20  # bytes of memory that may lie idle: a student's steps left gaps of 35 MB each
 
 
 def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase: str = "train") -> str | None:
@@ -76,6 +76,7 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
     cursor = learner.resume(folder, identity) or {"step": 0, "stopped": None}
     checkpointer = Checkpointer(folder, identity) if team().first else None
     stopped: str | None = cursor["stopped"]
+    growth = Growth(_GAPS)
     unsaved: dict[str, Any] | None = None  # the cursor of the state as it stands, while no checkpoint has it
     try:
         for step in range(int(cursor["step"]), learner.total_steps):
@@ -88,8 +89,7 @@ def train(bench: Workbench, learner: Learner, work: Callable[[int], Work], phase
                 metrics["pack_tokens"] = float(sum(pack.tokens for pack in todo.packs))
             unsaved = None  # within an update there is no whole state
             metrics |= learner.step()
-            if step % _TRIMMED == _TRIMMED - 1:
-                trim_heap()
+            growth.step()
             stopped = bench.watch(step, metrics)
             bench.log(phase, step, learner.total_steps, metrics)
             unsaved = {"step": step + 1, "stopped": stopped}
