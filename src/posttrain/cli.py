@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 base_app = typer.Typer(no_args_is_help=True, help="Base models: list them, fetch an embedded one.")
 app.add_typer(base_app, name="base")
+keys_app = typer.Typer(no_args_is_help=True, help="API keys: a key decides the tenant, the tenant the channel.")
+app.add_typer(keys_app, name="keys")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of runs and of the registry.")]
@@ -199,6 +201,40 @@ def conform(cases: Path) -> None:
             typer.echo(line)
         if result.failed:
             raise typer.Exit(1)
+
+
+@keys_app.command("issue")
+def keys_issue(
+    tenant: str,
+    channel: Annotated[
+        str | None, typer.Option(help="Where it leads; else the tenant's channel, or the one of its name.")
+    ] = None,
+    runs: Root = _RUNS,
+) -> None:
+    """Make a key for a tenant and show it, once. A server that runs knows it from its next request on."""
+    from posttrain.pipeline.registry import issue_tenant_key
+
+    with _friendly():
+        key, leads = issue_tenant_key(runs, tenant, channel)
+        typer.echo(f"key of {tenant} for {leads} (shown once): {key}")
+
+
+@keys_app.command("list")
+def keys_list(runs: Root = _RUNS) -> None:
+    """Ids of the keys (audit lines name them), their tenants and channels."""
+    from posttrain.pipeline.registry import key_lines
+
+    with _friendly():
+        typer.echo("\n".join(key_lines(runs)))
+
+
+@keys_app.command("revoke")
+def keys_revoke(key_id: str, runs: Root = _RUNS) -> None:
+    """Take a key away. A server that runs refuses it from its next request on."""
+    from posttrain.pipeline.registry import revoke_tenant_key
+
+    with _friendly():
+        typer.echo(f"revoked {key_id} of {revoke_tenant_key(runs, key_id)}")
 
 
 @base_app.command("fetch")

@@ -287,6 +287,38 @@ def test_channels_on_other_weights_than_most_are_refused_and_the_others_served(
             assert answer.status_code == status, answer.text
 
 
+def test_a_running_server_heeds_keys_that_are_issued_and_revoked(
+    road: tuple[Path, dict[str, Any]], tiny_base: Path, tmp_path: Path
+) -> None:
+    from starlette.testclient import TestClient
+    from typer.testing import CliRunner
+
+    from posttrain.cli import app as commands
+    from posttrain.pipeline.served import application, ensure_keys
+
+    runs = tmp_path / "runs"
+    shutil.copytree(road[0], runs)
+    registry, channels = open_registry(runs)
+    ensure_keys(runs / "keys.json", channels)
+
+    def said(*command: str, code: int = 0) -> str:
+        done = CliRunner().invoke(commands, ["keys", *command, "--runs", str(runs)])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    app = application(registry, channels, str(tiny_base), runs / "weights", runs / "keys.json", runs / "audit.jsonl")
+    with TestClient(app) as client:
+        body = {"model": "bank_A", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+        key = said("issue", "newcomer", "--channel", "bank_A").split()[-1]
+        assert client.post("/v1/chat/completions", json=body, headers=_key(key)).status_code == 200
+        (line,) = [line for line in said("list").splitlines() if "newcomer" in line]
+        assert line.endswith("newcomer -> bank_A") and key not in line
+        assert said("revoke", line.split()[0]) == f"revoked {line.split()[0]} of newcomer\n"
+        assert client.post("/v1/chat/completions", json=body, headers=_key(key)).status_code == 401
+    assert "newcomer" not in said("list")
+    assert "no such channel" in said("issue", "nobody", code=1) and "no such key" in said("revoke", "123456789abc", code=1)
+
+
 def _key(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 

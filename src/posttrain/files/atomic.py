@@ -101,6 +101,17 @@ def storage_errors(path: Path, *, needed: int | None = None, reading: bool = Fal
         raise _storage_error(path, error, needed) from error
 
 
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One holder at a time, over processes, of the lock file `path`; the lock goes with the process that held it."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = path.open("w")
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
 def sync_folder(folder: Path) -> None:
     """Force a folder's entries to the disk, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import RegistryError
+from posttrain.errors import RegistryError, nearest_of
 from posttrain.releases import Channels, Override, Registry
+from posttrain.serving.keys import Access, issue_key, revoke_key
+
+KEYS = "keys.json"
 
 
 def open_registry(runs: Path) -> tuple[Registry, Channels]:
@@ -81,3 +84,28 @@ def promote_release(runs: Path, channel: str, release: str, *, by: str, why: str
             for item in stale
         ),
     ]
+
+
+def issue_tenant_key(runs: Path, tenant: str, channel: str | None) -> tuple[str, str]:
+    """A new key of a tenant and the channel it leads to: the one named, else the tenant's present one, else that of its own name.
+    RegistryError for a channel that is not there."""
+    path, names = runs / KEYS, open_registry(runs)[1].names()
+    present = Access.read(path).tenants if path.exists() else {}
+    wanted = channel or present.get(tenant, tenant)
+    if wanted not in names:
+        raise RegistryError(
+            "there is no such channel", where=str(runs), value=wanted,
+            remedy=f"{nearest_of(wanted, names)}; name one with --channel, or promote a release to it first",
+        )  # fmt: skip
+    return issue_key(path, tenant, wanted), wanted
+
+
+def key_lines(runs: Path) -> list[str]:
+    """Whose keys there are, by their ids, and where they lead."""
+    access = Access.read(runs / KEYS)
+    return [f"{caller.key_id}  {caller.tenant} -> {access.tenants[caller.tenant]}" for caller in access.listed()] or ["no keys"]
+
+
+def revoke_tenant_key(runs: Path, key_id: str) -> str:
+    """See `serving.keys.revoke_key`."""
+    return revoke_key(runs / KEYS, key_id)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from posttrain.errors import RecipeError
-from posttrain.pipeline.registry import open_registry
+from posttrain.pipeline.registry import KEYS, open_registry
 from posttrain.pipeline.runtime import prepare_process
 
 
@@ -21,7 +21,7 @@ def serve_channels(runs: Path, base: str, host: str, port: int, say: Callable[[s
     place = find_device(device)
     check_address(host, port)
     registry, channels = open_registry(runs)
-    keys = runs / "keys.json"
+    keys = runs / KEYS
     issued = ensure_keys(keys, channels)
     for tenant, key in issued.items():  # before anything can fail: nobody can show them again
         say(f"key of {tenant} (shown once): {key}")

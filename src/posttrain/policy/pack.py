@@ -1,4 +1,5 @@
-"""Packs: many sequences as one prefix tree. A token shared by several sequences is computed once; padding does not exist.
+"""Packs: many sequences as one prefix tree. A token shared by several sequences is computed once, and no sequence is padded (a pass
+may round the pack as a whole up, see `Pack.rounded`).
 
 A pack is laid out depth first. A node is a run of tokens `[start, end)` whose ancestors are earlier runs; a token attends to
 itself, to what precedes it in its node, and to all its ancestors, at the position it has in its own sequence. That is exactly

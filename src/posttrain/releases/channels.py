@@ -6,17 +6,15 @@ notice a history that was cut off at its end; a crash between the two leaves a l
 
 from __future__ import annotations
 
-import fcntl
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from posttrain.errors import IntegrityError, RegistryError
-from posttrain.files.atomic import storage_errors, write_json
+from posttrain.files.atomic import exclusive, write_json
 from posttrain.files.chainlog import ChainLog, Head
 from posttrain.releases.artifact import Release
 from posttrain.releases.manifest import read_json
@@ -64,7 +62,7 @@ class Channels:
         """
         _check_move(channel, by, why)
         target = self.registry.get(release)
-        with self._locked():
+        with exclusive(self.registry.root / _LOCK):
             moves = self._moves()
             previous = _stacks(moves).get(channel, [None])[-1]
             if previous == target.id:
@@ -82,7 +80,7 @@ class Channels:
         """`rollback` of several channels, all of which are checked before one is moved: adapters go back with the base they belong to."""
         for channel in channels:
             _check_move(channel, by, why)
-        with self._locked():
+        with exclusive(self.registry.root / _LOCK):
             stacks = _stacks(self._moves())
             targets = {channel: self._before(channel, stacks) for channel in dict.fromkeys(channels)}
             return [
@@ -157,16 +155,6 @@ class Channels:
         }
         write_json(self.registry.root / VIEW, {"channels": latest, "head": {"lines": entry["seq"] + 1, "hash": entry["hash"]}})
         return _move(entry, str(self._log.path))
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """One mover at a time, over processes; the lock goes with the process that held it."""
-        with storage_errors(self.registry.root):
-            self.registry.root.mkdir(parents=True, exist_ok=True)
-            handle = (self.registry.root / _LOCK).open("w")
-        with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
 
 
 def _stacks(moves: tuple[Move, ...]) -> dict[str, list[str]]:

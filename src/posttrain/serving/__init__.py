@@ -12,7 +12,7 @@ from posttrain.serving.engine import (
     InvalidAnswer,
     Prepared,
 )
-from posttrain.serving.keys import Access, AccessFile, Caller, issue_key
+from posttrain.serving.keys import Access, AccessFile, Caller, issue_key, revoke_key
 from posttrain.serving.requests import Limits
 from posttrain.serving.router import Refused, Route, Router, RoutingReason, ServingModel
 
@@ -39,6 +39,7 @@ __all__ = [
     "ServingModel",
     "build_app",
     "issue_key",
+    "revoke_key",
     "serve",
     "server",
 ]

@@ -7,14 +7,16 @@ import hmac
 import json
 import secrets
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import IntegrityError
-from posttrain.files.atomic import storage_errors, write_json
+from posttrain.errors import IntegrityError, RegistryError, nearest_of
+from posttrain.files.atomic import exclusive, storage_errors, write_json
 
 _FORMAT = 1
+_ID = 12  # hex digits of a key's SHA-256: what logs and people name it by
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +34,17 @@ class Access:
     tenants: Mapping[str, str]
     keys: tuple[tuple[str, str], ...]
 
+    def listed(self) -> list[Caller]:
+        """Every key's holder and id, in the order they were issued."""
+        return [Caller(tenant, digest[:_ID]) for digest, tenant in self.keys]
+
     def caller(self, key: str) -> Caller | None:
         """The holder of `key`. Every stored sum is compared in constant time, so timing says nothing about any of them."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
         found = None
         for stored, tenant in self.keys:
             if hmac.compare_digest(stored, digest):
-                found = Caller(tenant, digest[:12])
+                found = Caller(tenant, digest[:_ID])
         return found
 
     @classmethod
@@ -82,12 +88,31 @@ class AccessFile:
 def issue_key(path: Path, tenant: str, channel: str | None = None) -> str:
     """Make a key for a tenant, store its sum, and return the key: it cannot be had again. `channel` defaults to the tenant's
     present one, or to one of its own name."""
-    access = Access.read(path) if path.exists() else Access({}, ())
     key = f"pt-{secrets.token_urlsafe(32)}"
-    channel = channel or access.tenants.get(tenant, tenant)
     digest = hashlib.sha256(key.encode()).hexdigest()
-    write_json(path, _to_json(Access({**access.tenants, tenant: channel}, (*access.keys, (digest, tenant)))))
+    with _changing(path):
+        access = Access.read(path) if path.exists() else Access({}, ())
+        channel = channel or access.tenants.get(tenant, tenant)
+        write_json(path, _to_json(Access({**access.tenants, tenant: channel}, (*access.keys, (digest, tenant)))))
     return key
+
+
+def revoke_key(path: Path, key_id: str) -> str:
+    """Take a key away by its id; its tenant. A server that runs refuses it from its next request on. RegistryError for an id that is not
+    there."""
+    with _changing(path):
+        access = Access.read(path)
+        found = [tenant for digest, tenant in access.keys if digest[:_ID] == key_id]
+        if not found:
+            known = [digest[:_ID] for digest, _ in access.keys]
+            raise RegistryError("there is no such key", where=str(path), value=key_id, remedy=nearest_of(key_id, known))
+        write_json(path, _to_json(Access(access.tenants, tuple(k for k in access.keys if k[0][:_ID] != key_id))))
+    return found[0]
+
+
+def _changing(path: Path) -> AbstractContextManager[None]:
+    """Whoever changes the access file is alone with it, or one of two keys would be lost."""
+    return exclusive(path.with_name(f".{path.name}.lock"))
 
 
 def _to_json(access: Access) -> dict[str, Any]:
