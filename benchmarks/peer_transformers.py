@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.ours import prompts_of
+from benchmarks.prompts import prompts_of
 from benchmarks.side import Step, Turns
 
 

@@ -36,14 +36,19 @@ def save(rows: list[Row], folder: Path, about: dict[str, str]) -> Path:
     name = device()
     path = folder / f"{slug(name)}.json"
     earlier = json.loads(path.read_text("utf-8"))["results"] if path.exists() else []
-    again = {(row["work"], row["metric"]) for row in rows}
-    merged = [row for row in earlier if (row["work"], row["metric"]) not in again] + rows
+    again = {_what(row) for row in rows}
+    merged = [row for row in earlier if _what(row) not in again] + rows
     versions = {package: _version(package) for package in _PACKAGES}
     whole = {"device": name, "python": platform.python_version(), "versions": versions, **about, "results": merged}
     path.write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
     path.with_suffix(".md").write_text(f"# {name}\n\n{_about(whole)}\n\n{table(merged)}\n", "utf-8")
     plot(merged, name, path.with_suffix(".png"))
     return path
+
+
+def _what(row: Row) -> tuple[str, str, str]:
+    """What a row measures: one work may have several peers."""
+    return str(row["work"]), str(row["metric"]), str(row["peer_name"])
 
 
 def table(rows: list[Row]) -> str:

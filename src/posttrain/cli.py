@@ -57,7 +57,7 @@ def run(
     from posttrain.recipe import load_recipe
 
     with _friendly():
-        summary = run_recipe(load_recipe(recipe, overrides or []), quiet=as_json)
+        summary = run_recipe(load_recipe(recipe, overrides or []), quiet=as_json, alone=True)
         if as_json:
             _print_json(summary)
 

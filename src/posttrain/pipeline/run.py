@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from posttrain.contract.rendering import Renderer
 from posttrain.evaluation import RunSummary, Scorecard, decide
 from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
+from posttrain.pipeline.apart import apart, can_be_apart
 from posttrain.pipeline.assist import Order, assist, call
 from posttrain.pipeline.checks import check_disk, check_material, check_measured, check_sharding, check_students
 from posttrain.pipeline.console import Console
@@ -24,7 +25,7 @@ from posttrain.pipeline.parents import Parents, Weights
 from posttrain.pipeline.play import Player
 from posttrain.pipeline.publish import Decided, Measured, Publisher
 from posttrain.pipeline.pull import MAIN, pull
-from posttrain.pipeline.runtime import Runtime, parse_dtype, prepare_process
+from posttrain.pipeline.runtime import Runtime, parse_dtype, prepare_process, set_threads
 from posttrain.pipeline.summary import summarise
 from posttrain.policy.base import resolve_base
 from posttrain.policy.device import device_name, find_device, peak_device_memory_mb
@@ -46,13 +47,14 @@ class Road:
     card: Scorecard
 
 
-def run_recipe(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
+def run_recipe(recipe: Recipe, quiet: bool = False, alone: bool = False) -> dict[str, Any]:
     """Run what is not done yet; returns the content of `summary.json`. A finished run does nothing and says so. Of several processes
-    the first runs it, and the others train with it and return nothing."""
+    the first runs it, and the others train with it and return nothing. `alone`: nothing but this run was computed in this process, so
+    each stage may have a process of its own where the system lets it (see `apart`)."""
     if not team().first:
         return assist(recipe)
     try:
-        done = _first(recipe, quiet)
+        done = _first(recipe, quiet, alone)
     except BaseException:
         with suppress(RuntimeError):  # the others may have failed alike and be gone: what happened here is what is to be seen
             call(None)
@@ -61,20 +63,21 @@ def run_recipe(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     return done
 
 
-def _first(recipe: Recipe, quiet: bool) -> dict[str, Any]:
+def _first(recipe: Recipe, quiet: bool, alone: bool) -> dict[str, Any]:
     console = Console(quiet)
     folder = RunFolder.open(recipe)
     if folder.finished():
         console.say(f"this run is finished, nothing to do: {folder.report}")
         return RunSummary.load(folder.root / "summary.json").to_json()
-    return _Run(recipe, folder, console).go()
+    return _Run(recipe, folder, console, alone).go()
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, folder: RunFolder, console: Console) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, console: Console, alone: bool) -> None:
         self.recipe, self.folder, self.console = recipe, folder, console
-        prepare_process(recipe.threads)
         self.dtype, self.device = parse_dtype(recipe.dtype), find_device(recipe.device)
+        self.apart = alone and can_be_apart(self.device)
+        prepare_process(1 if self.apart else recipe.threads)
         check_students(recipe, resolve_base(recipe.base))
         check_disk(recipe, resolve_base(recipe.base))
         check_sharding(recipe)
@@ -117,23 +120,35 @@ class _Run:
         """Measure the base once: every stage is shown beside it."""
         done = self.folder.done(BASE)
         if done is None:
-            self.console.stage(BASE, self.recipe.base)
-            clock = Clock()
-            forget_peak_memory()
-            with clock.part("load"):
-                runtime = Runtime.load(self.parents.base_weights().folder, self.dtype, self.device)
-            with clock.part("evaluate"):
-                card = self.measurer.measure(runtime, lambda task: None, candidate=BASE)
-            done = {
-                "scorecard": card.to_json(),
-                "dtype": str(runtime.policy.dtype),
-                "device": device_name(self.device),
-                **self._spent(clock),
-            }
-            self._finish(BASE, done)
+            self._work(self._measure_base, BASE)
+            done = self.folder.done(BASE)
+            assert done is not None, "measured, and written"
         # 'auto' is measured once a run: a stage resumed on a busier machine must compute in the same type
         self.dtype = self.parents.dtype = parse_dtype(done["dtype"].removeprefix("torch."))
         return Road(None, Scorecard.from_json(done["scorecard"]))
+
+    def _work(self, work: Callable[[], None], name: str) -> None:
+        """What computes, in a process of its own where that may be: all it finds is in the run folder afterwards."""
+        if not self.apart:
+            work()
+            return
+
+        def computing() -> None:
+            set_threads(self.recipe.threads)
+            work()
+
+        apart(computing, name)
+
+    def _measure_base(self) -> None:
+        self.console.stage(BASE, self.recipe.base)
+        clock = Clock()
+        forget_peak_memory()
+        with clock.part("load"):
+            runtime = Runtime.load(self.parents.base_weights().folder, self.dtype, self.device)
+        with clock.part("evaluate"):
+            card = self.measurer.measure(runtime, lambda task: None, candidate=BASE)
+        about = {"dtype": str(runtime.policy.dtype), "device": device_name(self.device)}
+        self._finish(BASE, {"scorecard": card.to_json(), **about, **self._spent(clock)})
 
     def _stage(self, stage: StageRecipe, material: Material, road: Road) -> Road:
         """Pull the lever unless that is done, and say where the road goes on."""
@@ -141,7 +156,7 @@ class _Run:
         if done is None:
             # what is published is read from the disk whether or not the run was killed since: one path, the same bytes
             if self.folder.decided(stage.name) is None:
-                self._pull(stage, material, road)
+                self._work(lambda: self._pull(stage, material, road), stage.name)
             done = self._publish(stage)
         if not done["accepted"] or MAIN not in done["releases"]:
             return road  # a rejected stage, or tenants' adapters, which are leaves: the road goes on from their parent

@@ -26,6 +26,7 @@ from posttrain.policy.fused import is_lora, is_simple
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _ROWS = 256  # rows an arrangement is made for; it is right for any number
 _FEW = 8  # rows up to which thin products are computed in float32
+_FINE, _COARSE = 8, 32  # rows that bfloat16 products are rounded up to, up to 64 rows and beyond
 
 Product = Callable[[Tensor], Tensor]
 
@@ -89,7 +90,9 @@ class _Thin:
         else:
             a, b = self.a, self.b
         if tokens is not None:
-            out.index_add_(0, tokens, torch.mm(torch.mm(x[tokens], a), b).to(out.dtype))
+            own = x[tokens]
+            added = torch.mm(torch.mm(_rounded(own), a), b)[: len(own)]
+            out.index_add_(0, tokens, added.to(out.dtype))
         elif out.dtype == b.dtype:
             out.addmm_(torch.mm(x, a), b)
         else:
@@ -101,7 +104,7 @@ Share = tuple[Factors, Tensor | None]  # an adapter and the indices of its token
 
 
 class Inference:
-    """The body and head of a policy's base, arranged: `infer` is a pass through the body, `head` the product with the head's weight."""
+    """The body and head of a policy's base, arranged: `infer` is a pass through the body."""
 
     def __init__(self, base: Any) -> None:
         body, config = base.base_model, base.config.get_text_config()
@@ -110,7 +113,7 @@ class Inference:
         self._weights = list(base_weights(base))
         self._written = self._writes()
         head = base.get_output_embeddings()
-        self.head = _arranged(head.weight.detach(), None if head.bias is None else head.bias.detach())
+        self._head = _arranged(head.weight.detach(), None if head.bias is None else head.bias.detach())
 
     @classmethod
     def of(cls, base: Any) -> Inference | None:
@@ -135,23 +138,30 @@ class Inference:
         """A plain LoRA adapter's thin factors as they are now."""
         return [[_thin(group, name) for group in layer.groups] for layer in self._layers]
 
+    def head(self, hidden: Tensor) -> Tensor:
+        """[n, hidden] -> [n, V], the product with the head's weight."""
+        return self._head(_rounded(hidden))[: len(hidden)]
+
     @torch.no_grad()
     def infer(self, ids: Tensor, positions: Tensor, context: AttentionContext, shares: Sequence[Share]) -> Tensor:
         """One pass over flat tokens: ids, positions [T] -> final hidden states [T, hidden]."""
-        x = F.embedding(ids, self._embedding)
-        cos, sin = self._rotary(x[None], positions[None])
+        count = len(ids)
+        x = _rounded(F.embedding(ids, self._embedding))
+        more = len(x) - count
+        cos, sin = self._rotary(x[None], F.pad(positions, (0, more))[None])
         half = cos.shape[-1] // 2
         cos, sin = cos[0, :, None, :half].contiguous(), sin[0, :, None, :half].contiguous()
         for index, layer in enumerate(self._layers):
             thin = [[(factors[index][group], tokens) for factors, tokens in shares] for group in range(4)]
             h = F.rms_norm(x, x.shape[-1:], layer.before, layer.eps)
             q, k, v = _turned(layer, _multiply(layer.qkv, h, thin[0]), cos, sin)
+            q, k, v = (tensor[:, :, :count] for tensor in (q, k, v))
             mixed = context.attend(index, q, k, v, layer.size**-0.5, layer.window)
-            x += _multiply(layer.out, mixed[0].transpose(0, 1).reshape(len(ids), -1), thin[1])
+            x += _multiply(layer.out, F.pad(mixed[0].transpose(0, 1).reshape(count, -1), (0, 0, 0, more)), thin[1])
             h = F.rms_norm(x, x.shape[-1:], layer.after, layer.eps)
             gate, up = _multiply(layer.gate_up, h, thin[2]).chunk(2, dim=-1)
             x += _multiply(layer.down, F.silu(gate).mul_(up), thin[3])
-        return F.rms_norm(x, x.shape[-1:], self._norm.weight, self._norm.variance_epsilon)
+        return F.rms_norm(x, x.shape[-1:], self._norm.weight, self._norm.variance_epsilon)[:count]
 
 
 def base_weights(base: Any) -> Sequence[Tensor]:
@@ -230,6 +240,14 @@ def _multiply(group: _Group, x: Tensor, thin: list[tuple[_Thin | None, Tensor | 
         if own is not None:
             own.add_to(out, x, tokens)
     return out
+
+
+def _rounded(rows: Tensor) -> Tensor:
+    """bfloat16 rows [n, *] with zeros behind, up to numbers that come again: oneDNN compiles each number of rows anew, which takes as long
+    as ten of its products, and forced runs make steps of ever other sizes."""
+    step = _FINE if len(rows) <= 64 else _COARSE
+    missing = -len(rows) % step if rows.dtype == torch.bfloat16 and len(rows) > _FEW else 0
+    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def _thin(group: _Group, name: str) -> _Thin | None:
