@@ -54,7 +54,7 @@ def test_layers_that_no_student_can_be_fitted_to_are_refused_before_anything_is_
 
 
 def test_what_failed_is_seen_although_the_other_processes_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(recipe: Recipe, quiet: bool) -> None:
+    def fail(recipe: Recipe, quiet: bool, alone: bool) -> None:
         raise TrainingError("diverged")
 
     def gone(order: object) -> None:
