@@ -119,8 +119,8 @@ class _RowByRow(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             count = len(hidden[rows])
-            logits = head._product(_even(hidden[rows]))
-            others = [other._product(_even(states[rows]))[:count] for other, states in beside]
+            logits = head._product(evened(hidden[rows], _EVEN))
+            others = [other._product(evened(states[rows], _EVEN))[:count] for other, states in beside]
             given = (values[rows], *others, *(tensor[rows] for tensor in aligned))
             for own, found, *rest in _pieces(_CACHED, logits[:count], *given):
                 theirs = [other._shaped(some) for (other, _), some in zip(beside, rest, strict=False)]
@@ -158,7 +158,7 @@ class _PlainLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             count = len(hidden[rows])
-            logits = torch.nn.functional.linear(_even(hidden[rows]), weight)
+            logits = torch.nn.functional.linear(evened(hidden[rows], _EVEN), weight)
             for some, wanted, found in _pieces(_CACHED, logits[:count], targets[rows], values[rows]):
                 _logits_to_slopes(some, wanted, found, learning)
             if slopes is not None:
@@ -173,10 +173,11 @@ class _PlainLogprobs(torch.autograd.Function):
         return _scaled(ctx.saved_tensors[0], gradients[0]), None, None, None, None
 
 
-def _even(hidden: Tensor) -> Tensor:
-    """Rows of zeros behind, where a CPU computes in bf16: oneDNN compiles each number of rows anew, at the price of a whole product."""
-    missing = -len(hidden) % _EVEN if hidden.dtype == torch.bfloat16 and hidden.device.type == "cpu" else 0
-    return torch.nn.functional.pad(hidden, (0, 0, 0, missing)) if missing else hidden
+def evened(rows: Tensor, multiple: int) -> Tensor:
+    """[n, *] with rows of zeros behind, up to a multiple of so many, where a CPU computes in bf16: oneDNN compiles each number of rows
+    anew, which takes as long as ten small products or a whole large one."""
+    missing = -len(rows) % multiple if rows.dtype == torch.bfloat16 and rows.device.type == "cpu" else 0
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 def _logits_to_slopes(logits: Tensor, targets: Tensor, values: Tensor, learning: bool) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from posttrain.policy.attention import AttentionContext
 from posttrain.policy.fused import is_lora, is_simple
+from posttrain.policy.head import evened
 
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _ROWS = 256  # rows an arrangement is made for; it is right for any number
@@ -243,11 +244,8 @@ def _multiply(group: _Group, x: Tensor, thin: list[tuple[_Thin | None, Tensor | 
 
 
 def _rounded(rows: Tensor) -> Tensor:
-    """bfloat16 rows [n, *] with zeros behind, up to numbers that come again: oneDNN compiles each number of rows anew, which takes as long
-    as ten of its products, and forced runs make steps of ever other sizes."""
-    step = _FINE if len(rows) <= 64 else _COARSE
-    missing = -len(rows) % step if rows.dtype == torch.bfloat16 and len(rows) > _FEW else 0
-    return F.pad(rows, (0, 0, 0, missing)) if missing else rows
+    """`evened` up to numbers that come again: forced runs make steps of ever other sizes. A few rows stay as they are."""
+    return rows if len(rows) <= _FEW else evened(rows, _FINE if len(rows) <= 64 else _COARSE)
 
 
 def _thin(group: _Group, name: str) -> _Thin | None:

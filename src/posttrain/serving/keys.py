@@ -102,12 +102,11 @@ def revoke_key(path: Path, key_id: str) -> str:
     there."""
     with _changing(path):
         access = Access.read(path)
-        found = [tenant for digest, tenant in access.keys if digest[:_ID] == key_id]
-        if not found:
-            known = [digest[:_ID] for digest, _ in access.keys]
-            raise RegistryError("there is no such key", where=str(path), value=key_id, remedy=nearest_of(key_id, known))
+        holders = {caller.key_id: caller.tenant for caller in access.listed()}
+        if key_id not in holders:
+            raise RegistryError("there is no such key", where=str(path), value=key_id, remedy=nearest_of(key_id, [*holders]))
         write_json(path, _to_json(Access(access.tenants, tuple(k for k in access.keys if k[0][:_ID] != key_id))))
-    return found[0]
+    return holders[key_id]
 
 
 def _changing(path: Path) -> AbstractContextManager[None]:
