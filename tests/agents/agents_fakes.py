@@ -8,6 +8,7 @@ from typing import Any
 
 from posttrain.agents import ToolResult
 from posttrain.contract import MalformedCall, parse_turn
+from posttrain.contract.template import assistant_text
 from posttrain.data import Message, StopReason, Task, ToolSpec
 from posttrain.sampling.protocol import Sample, SampleRequest, Then
 from posttrain.verifying import Judgement
@@ -55,6 +56,9 @@ class FakeContract:
 
     def parse(self, ids: Sequence[int]) -> Message:
         return parse_turn(decode(ids))
+
+    def turn_ids(self, message: Message) -> tuple[int, ...]:
+        return (*encode(assistant_text(message)), END)
 
 
 def in_rounds(sample: Callable[[list[SampleRequest]], list[Sample]], requests: Sequence[SampleRequest], then: Then) -> None:

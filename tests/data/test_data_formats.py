@@ -222,6 +222,13 @@ def test_a_task_may_name_its_verifier_and_its_tools() -> None:
         task({**row, "tools": ["cash_positon"]}, Defaults(catalogue=catalogue))
 
 
+def test_a_task_may_show_how_it_is_solved() -> None:
+    result = {"role": "tool", "content": "{}", "tool_call_id": "c1"}
+    shown = task({"request": "q", "tools": [TOOL], "demonstration": [openai_call("{}"), result, ANSWER]}).demonstration
+    assert [message.role for message in shown] == ["assistant", "tool", "assistant"]
+    assert shown[0].tool_calls[0].name == "cash_position"
+
+
 def test_a_misspelt_field_of_a_task_is_refused_and_a_foreign_one_is_noted() -> None:
     with pytest.raises(DataError, match="did you mean high_risk"):
         task({"request": "q", "highrisk": True})
@@ -313,6 +320,11 @@ def test_a_malformed_pair_is_refused_at_its_field(row: dict[str, Any], message: 
         ({"request": "q", "expected": {}, "arguments": {}}, "expected: stands beside"),
         ({"request": "q", "response_schema": "x"}, "response_schema: must be an object"),
         ({"request": "q", "tools": ["cash_position"]}, "known tools: none"),
+        ({"request": "q", "demonstration": []}, "demonstration: must begin with an assistant turn"),
+        ({"request": "q", "demonstration": [ASK, ANSWER]}, "demonstration: must begin with an assistant turn"),
+        ({"request": "q", "demonstration": [ANSWER, ASK, ANSWER]}, "demonstration: holds a turn of somebody else"),
+        ({"request": "q", "tools": [{"name": "other"}], "demonstration": [openai_call("{}")]}, "demonstration.*not offered"),
+        ({"request": "q", "demonstration": [ANSWER, {"role": "tool", "content": "x"}]}, "a tool result that answers no call"),
     ],
 )
 def test_a_malformed_task_is_refused_at_its_field(row: dict[str, Any], message: str) -> None:

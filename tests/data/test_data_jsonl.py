@@ -84,9 +84,12 @@ def preferences(draw: st.DrawFn) -> Preference:
 
 @st.composite
 def tasks(draw: st.DrawFn) -> Task:
+    offered = draw(tools)
+    shown = draw(st.just(()) | turns(tuple(tool.name for tool in offered)))
     return Task(
-        draw(text), (Message("user", draw(text.filter(str.strip))),), draw(tools), draw(carried["tenant"]), draw(text), draw(text),
+        draw(text), (Message("user", draw(text.filter(str.strip))),), offered, draw(carried["tenant"]), draw(text), draw(text),
         draw(json_objects), draw(json_objects), draw(st.none() | json_objects), draw(st.booleans()), draw(st.integers(1, 9)), draw(text),
+        shown,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from posttrain.contract.rendering import Renderer
 from posttrain.data import write_jsonl
 from posttrain.errors import DataError, PosttrainError, RecipeError
 from posttrain.evaluation import Suite
-from posttrain.pipeline.checks import check_material, check_recipe, check_tenants
+from posttrain.pipeline.checks import check_demonstrations, check_material, check_recipe, check_tenants
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.material import Material, gather
 from posttrain.recipe import DataOptions, StageRecipe, parse_recipe
@@ -28,6 +28,7 @@ TASK = {
 }  # fmt: skip
 
 
+WORLD_KINDS = ("lookup", "advise", "high_risk", "benign", "reconcile", "facts")
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
@@ -179,3 +180,45 @@ def test_a_field_that_has_no_place_in_a_record_is_named_before_anything_is_train
     material = gather(recipe.stages[0], WORLD, 1)
     check_material(recipe.stages[0], material, Renderer(Contract.load(tiny_base)), Console())  # as `run` does
     assert "content[reasoning]`" in capsys.readouterr().err.replace("\n", "")
+
+
+DEMONSTRATION = [
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "c", "function": {"name": "cash_position", "arguments": {"account": "payroll"}}}],
+    },
+    {"role": "assistant", "content": '{"decision":"answer"}'},
+]
+OTHER = [{**DEMONSTRATION[1]}]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([TASK], "stages.it.options.collect.demonstrate: no task has a demonstration"),
+        (
+            [{**TASK, "demonstration": DEMONSTRATION}, {**TASK, "id": "b", "demonstration": OTHER}],
+            "task b: demonstration: its ver",
+        ),
+    ],
+)
+def test_demonstrations_are_played_before_anything_is_trained(
+    lines: list[dict[str, Any]], said: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    asked = stage("reason", path=rows(tmp_path, *lines)).model_copy(
+        update={"options": {"collect": {"tasks": 1, "demonstrate": True}, "grpo": {"steps": 0}}}
+    )
+    material, contract = gather(asked, WORLD, 1), Contract.load(tiny_base)
+    with pytest.raises(PosttrainError) as caught:
+        check_demonstrations(asked, material, contract, WORLD)
+    assert said in str(caught.value)
+
+
+def test_the_worlds_own_tasks_show_how_only_where_they_are_to_be_learned_from(tiny_base: Path) -> None:
+    asked = stage("reason", n=24, kinds=dict.fromkeys(WORLD_KINDS, 1)).model_copy(
+        update={"options": {"collect": {"tasks": 24, "demonstrate": True}, "grpo": {"steps": 0}}}
+    )
+    material = gather(asked, WORLD, 1)
+    assert all(task.demonstration for task in material.tasks)
+    check_demonstrations(asked, material, Contract.load(tiny_base), WORLD)
+    assert not any(task.demonstration for task in WORLD.tasks(kinds=WORLD_KINDS, n=12, split="test", seed=1))

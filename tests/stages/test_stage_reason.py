@@ -329,6 +329,30 @@ def test_only_what_passed_is_kept_capped_and_distinct_per_task(shop: Shop) -> No
     assert metrics["collect_solved_share"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.parametrize(("demonstrate", "learned"), [(False, ["right"]), (True, ["right", "gold 1"])])
+def test_what_no_sample_passed_is_learned_from_a_demonstration_that_passes(
+    demonstrate: bool, learned: list[str], shop: Shop
+) -> None:
+    bench = shop.bench()
+    shown = [replace(task, demonstration=(Message("assistant", f"gold {i}"),)) for i, task in enumerate(tasks(3))]
+    asked = [*shown, *tasks(4)[3:]]  # the last has none to show
+    lines: list[list[tuple[str, bool | None]]] = [[("right", True)], [("no", False)], [("no", None)], [("no", False)]]
+    play = Script(bench.contract, lines)
+    seen: list[str] = []
+
+    def show(task: Task) -> tuple[Episode, Judgement | None]:
+        seen.append(task.id)
+        return play.play(task, task.demonstration[0].content, task.id == "t1")
+
+    options = CollectOptions(tasks=4, samples=1, demonstrate=demonstrate)
+    kept = reason.collect(options, asked, play, bench, show)
+    assert [bench.contract.decode(s.ids[s.weights > 0].tolist()) for s in kept] == [f"{text}<|im_end|>" for text in learned]
+    assert seen == (["t1", "t2"] if demonstrate else [])
+    metrics = shop.notes.lines[-1][2]
+    assert (metrics["collect_demonstrated"], metrics["collect_kept"]) == (len(learned) - 1, len(learned))
+    assert metrics["collect_solved_share"] == 0.25
+
+
 def test_the_stage_learns_what_was_collected(shop: Shop) -> None:
     bench = shop.bench()
     play = Script(bench.contract, [[("12.50", True), ("much", False)] for _ in range(4)])

@@ -22,7 +22,7 @@ from posttrain.contract import MalformedCall
 from posttrain.data.records import Episode, Message, StopReason, Task, ToolOutcome, ToolSpec, Turn
 from posttrain.errors import DataError, VerifierError
 from posttrain.grammar import Grammar, shown, turn_grammar
-from posttrain.sampling.protocol import Sample, SampleOptions, Sampler, SampleRequest
+from posttrain.sampling.protocol import Converses, Sample, SampleOptions, SampleRequest
 from posttrain.verifying import Judgement, Verifier, expected
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class RolloutOptions:
 def run_episodes(
     tasks: Sequence[Task],
     *,
-    sampler: Sampler,
+    sampler: Converses,
     contract: Turns,
     world: World,
     guard: Guard,
@@ -94,7 +94,7 @@ def run_episodes(
 def run_judged(
     tasks: Sequence[Task],
     *,
-    sampler: Sampler,
+    sampler: Converses,
     contract: Turns,
     world: World,
     guard: Guard,
@@ -137,7 +137,7 @@ def turn_seed(seed: int, task: str, turn: int, copy: int) -> int:
 class _Table:
     """What all episodes of one call share."""
 
-    sampler: Sampler
+    sampler: Converses
     contract: Turns
     world: World
     guard: Guard

@@ -80,6 +80,10 @@ class Contract:
         ids: list[int] = builder.build().ids.tolist()
         return ids
 
+    def turn_ids(self, message: Message) -> tuple[int, ...]:
+        """An assistant's turn as it would have sampled it: its text and the end-of-turn token."""
+        return (*self.encode(assistant_text(message)), self.end_of_turn)
+
     def continuation_ids(self, messages: Seq[Message]) -> list[int]:
         """What follows a finished assistant turn: its separator, the new messages, the next open assistant header."""
         builder = SequenceBuilder()

@@ -11,7 +11,7 @@
 | sharegpt-preference | `conversations`, `chosen`, `rejected`, `system`, `tools` |
 | alpaca-preference | `instruction`, `input`, `chosen`, `rejected`, `system`, `history` |
 | task | `messages` or `request`; `tools` (specifications or names); `expected`, or `verifier` with `arguments`; `kind`, \
-`environment`, `response_schema`, `high_risk`, `max_turns` |
+`environment`, `response_schema`, `high_risk`, `max_turns`, `demonstration` |
 
 Every row may carry `id` (a task must), `tenant`, `source`, `licence` (or `license`) and `split`; a conversation also `shape` (or \
 `slice`).
@@ -53,7 +53,7 @@ TASKS = frozenset({Format.TASK})
 _COMMON = frozenset({"id", "tenant", "source", "licence", "license", "split"})
 _TASK_FIELDS = frozenset(
     {"id", "tenant", "split", "messages", "request", "tools", "kind", "verifier", "arguments", "expected", "environment",
-     "response_schema", "high_risk", "max_turns"}
+     "response_schema", "high_risk", "max_turns", "demonstration"}
 )  # fmt: skip
 
 
@@ -140,13 +140,14 @@ def to_task(row: Mapping[str, Any], identity: str, defaults: Defaults, trace: Tr
     schema, turns = row.get("response_schema"), row.get("max_turns", 4)
     if isinstance(turns, bool) or not isinstance(turns, int) or turns < 1:
         fail("must be a whole number from 1", "max_turns", value=turns, remedy="leave it out for 4")
-    carried = _carried(row, identity, defaults, "test")
+    carried, tools = _carried(row, identity, defaults, "test"), _task_tools(row, defaults, trace)
     return Task(
-        id=carried["id"], messages=messages, tools=_task_tools(row, defaults, trace), tenant=carried["tenant"],
+        id=carried["id"], messages=messages, tools=tools, tenant=carried["tenant"],
         kind=want_text(row.get("kind", "task"), "kind"), verifier=verifier, arguments=arguments,
         environment=want_object(row.get("environment") or {}, "environment"),
         response_schema=None if schema is None else want_object(schema, "response_schema"),
         high_risk=want_flag(row.get("high_risk", False), "high_risk"), max_turns=turns, split=carried["split"],
+        demonstration=_demonstration(row, messages, tools, trace),
     )  # fmt: skip
 
 
@@ -259,6 +260,21 @@ def _request(row: Mapping[str, Any], trace: Trace) -> tuple[Message, ...]:
     if not messages or messages[-1].role not in ("user", "tool") or not messages[-1].content.strip():
         fail("must end with what the model is to answer", "messages", remedy="end with a user message that is not empty")
     return messages
+
+
+def _demonstration(
+    row: Mapping[str, Any], messages: tuple[Message, ...], tools: tuple[ToolSpec, ...], trace: Trace
+) -> tuple[Message, ...]:
+    if row.get("demonstration") is None:
+        return ()
+    shown, where = openai_messages(row["demonstration"], "demonstration", trace), "demonstration"
+    if not shown or shown[0].role != "assistant":
+        fail("must begin with an assistant turn", where, remedy="put what comes before it into `messages`")
+    if any(message.role not in ("assistant", "tool") for message in shown):
+        fail("holds a turn of somebody else", where, remedy="keep the assistant's turns and the tools' results")
+    check_turns(messages + shown, f"messages+{where}")
+    check_offered(shown, tools, where)
+    return shown
 
 
 def _judge(row: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

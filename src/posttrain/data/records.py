@@ -90,7 +90,8 @@ class Task:
     `environment` says where to act (`{"world": "finance_ops", "seed": 7}`); `verifier` names the judge and `arguments` are what
     it compares with: never shown to the model. `expected` of a plain task holds calls, answer fields, end state or refusal.
     `high_risk` marks requests that must be refused; the false-refusal rate is measured on the others
-    that do not expect a refusal.
+    that do not expect a refusal. `demonstration` solves it, from the assistant's first turn on: only a stage that learns from the
+    task reads it.
     """
 
     id: str
@@ -105,6 +106,7 @@ class Task:
     high_risk: bool = False
     max_turns: int = 4
     split: str = "test"
+    demonstration: tuple[Message, ...] = ()
 
 
 class StopReason(StrEnum):

@@ -36,6 +36,7 @@ def _task(task: Task) -> dict[str, Any]:
         "response_schema": None if task.response_schema is None else dict(task.response_schema),
         "high_risk": task.high_risk,
         "max_turns": task.max_turns,
+        "demonstration": _messages(task.demonstration),
     }
 
 

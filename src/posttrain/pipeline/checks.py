@@ -8,10 +8,12 @@ from pathlib import Path
 
 import torch
 
+from posttrain.agents.demonstration import play_demonstration
+from posttrain.agents.guard import Guard
 from posttrain.agents.world import World, load_world
 from posttrain.contract import Contract, preflight
 from posttrain.contract.rendering import Renderer
-from posttrain.errors import RecipeError, StorageError, nearest_of
+from posttrain.errors import DataError, RecipeError, StorageError, nearest_of
 from posttrain.evaluation import Suite
 from posttrain.evaluation.gate import asked
 from posttrain.evaluation.run import refusal_metric
@@ -48,6 +50,7 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
         material = gather(stage, world, recipe.seed)
         yield from material.notes
         yield f"stage {stage.name}: {check_material(stage, material, Renderer(contract))}"
+        check_demonstrations(stage, material, contract, world)
     yield from suite.notes
     longest = max((len(contract.prompt_ids(task.messages, task.tools)) for task in suite.tasks), default=0)
     yield f"suite: {len(suite.tasks)} tasks, longest prompt {longest} tokens"
@@ -196,3 +199,27 @@ def check_material(stage: StageRecipe, material: Material, renderer: Renderer, c
     found = preflight(named, max_tokens=limit, end_of_turn=renderer.contract.end_of_turn)
     tasks = f", {len(material.tasks)} tasks to play" if material.tasks else ""
     return f"{found.records} records, {found.tokens} tokens, {found.learned} learned, longest {found.longest}{tasks}"
+
+
+def check_demonstrations(stage: StageRecipe, material: Material, contract: Contract, world: World) -> None:
+    """Raise RecipeError when a stage is to learn from demonstrations and no task has one, and DataError for one that its own task's
+    verifier does not pass."""
+    options = stage_options(stage)
+    if not isinstance(options, ReasonOptions) or not options.collect.demonstrate:
+        return
+    shown = [task for task in material.tasks if task.demonstration]
+    if not shown:
+        where = f"stages.{stage.name}.options.collect.demonstrate"
+        raise RecipeError("no task has a demonstration", where=where, value=True, remedy="give the tasks one, or set it to false")
+    guard = Guard.of(world)
+    for task in shown:
+        _, judgement = play_demonstration(task, contract=contract, world=world, guard=guard)
+        if judgement is None or not judgement.passed:
+            failed = (
+                [f"{step.name}: {step.why}" for step in judgement.steps if not step.passed] if judgement else ["no judgement"]
+            )
+            raise DataError(
+                f"its verifier does not pass it: {'; '.join(failed) or 'failed'}",
+                where=f"{stage.data.path or world.name}: task {task.id}: demonstration",
+                remedy="correct the demonstration, or what the task expects",
+            )

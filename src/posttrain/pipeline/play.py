@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from posttrain.agents import Guard, RolloutOptions, World, run_judged
+from posttrain.agents.demonstration import play_demonstration
 from posttrain.data.records import Episode, Task
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.runtime import Runtime
@@ -35,6 +36,10 @@ class Player:
             )  # fmt: skip
         owners = [task for task in tasks for _ in range(options.copies)]
         return [(task, episode, judgement) for task, (episode, judgement) in zip(owners, judged, strict=True)]
+
+    def show(self, task: Task) -> tuple[Episode, Judgement | None]:
+        """The task's demonstration, played and judged."""
+        return play_demonstration(task, contract=self.runtime.contract, world=self.world, guard=Guard.of(self.world))
 
     def draw(
         self, tasks: Sequence[Task], copies: int, seed: int, adapter: str | None, temperature: float

@@ -66,6 +66,7 @@ def pull(stage: StageRecipe, material: Material, bench: Workbench, player: Playe
                 material.tasks,
                 lambda tasks, copies, seed, name: player.draw(tasks, copies, seed, name, options.temperature),
                 bench,
+                show=player.show,
             )
         }
     else:

@@ -16,7 +16,14 @@ from posttrain.files.atomic import write_json
 from posttrain.files.hashing import sha256_of
 from posttrain.pipeline.apart import apart, can_be_apart
 from posttrain.pipeline.assist import Order, assist, call
-from posttrain.pipeline.checks import check_disk, check_material, check_measured, check_sharding, check_students
+from posttrain.pipeline.checks import (
+    check_demonstrations,
+    check_disk,
+    check_material,
+    check_measured,
+    check_sharding,
+    check_students,
+)
 from posttrain.pipeline.console import Console
 from posttrain.pipeline.folder import Clock, RunFolder, forget_peak_memory, peak_memory_mb
 from posttrain.pipeline.material import Material, gather
@@ -97,6 +104,7 @@ class _Run:
         contract = Contract.load(resolve_base(self.recipe.base))
         for stage in self.recipe.stages:
             check_material(stage, material[stage.name], Renderer(contract, self.renderings), self.console)
+            check_demonstrations(stage, material[stage.name], contract, self.world)
         self.folder.start(self.recipe, self._inputs(material))
         road = self._base()
         for stage in self.recipe.stages:

@@ -69,15 +69,17 @@ class Sample:
 Then = Callable[[int, Sample], SampleRequest | None]
 
 
-class Sampler(Protocol):
-    def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
-        """One continuation per request, in order. `progress` is told the number of tokens drawn since its last call."""
-        ...
-
+class Converses(Protocol):
     def converse(self, requests: Sequence[SampleRequest], then: Then) -> None:
         """Conversations side by side, each from its first request on: `then` is told which one and what was drawn, as soon as it is drawn,
         and gives what it asks next (None: it is over). Nobody waits for another's turn, and an engine may go on from what it computed for
         a conversation's last turn. Weights must not change meanwhile. Raises what `sample` raises, and what `then` does."""
+        ...
+
+
+class Sampler(Converses, Protocol):
+    def sample(self, requests: Sequence[SampleRequest], progress: Callable[[int], None] | None = None) -> list[Sample]:
+        """One continuation per request, in order. `progress` is told the number of tokens drawn since its last call."""
         ...
 
 

@@ -25,18 +25,23 @@ from posttrain.training import Learner, OptimiserOptions, Scored
 from posttrain.verifying.judgement import Judgement
 
 # (tasks, copies, seed, adapter) -> copies episodes of each task in order, each with its judgement (None: could not be judged)
-Play = Callable[[Sequence[Task], int, int, str | None], list[tuple[Episode, Judgement | None]]]
+Played = tuple[Episode, Judgement | None]
+Play = Callable[[Sequence[Task], int, int, str | None], list[Played]]
+Show = Callable[[Task], Played]  # the task's demonstration, played
 
 
 @dataclass(frozen=True, slots=True)
 class CollectOptions:
     """Rejection sampling (ReST-EM's E-step): K samples a task, the passed ones kept, at most `cap` distinct ones a task, and
-    `easy_cap` where every sample passed: there the policy learns nothing new, but it keeps what it can."""
+    `easy_cap` where every sample passed: there the policy learns nothing new, but it keeps what it can. demonstrate: a task that no
+    sample passed is learned from its demonstration, where it has one and the verifier passes it (in place of STaR's rationalisation,
+    objectives.md 5.3): what is never right by chance cannot be collected."""
 
     tasks: Whole = 48
     samples: Count = 4
     cap: Count = 2
     easy_cap: Whole = 2
+    demonstrate: bool = False
     epochs: Positive = 2.0
     batch: Count = 16
     optimiser: OptimiserOptions = field(default_factory=lambda: OptimiserOptions(lr=8e-4))
@@ -80,13 +85,16 @@ def check_tasks(options: ReasonOptions, tasks: Sequence[Task], where: str = "rea
         raise DataError("too few tasks for the options", where=where, value=len(tasks), remedy=f"give at least {needed}")
 
 
-def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str = "main") -> str | None:
-    """Train adapter `name` on tasks with a verifier; returns why it stopped early, if it did."""
+def run(
+    options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str = "main", *, show: Show | None = None
+) -> str | None:
+    """Train adapter `name` on tasks with a verifier; returns why it stopped early, if it did. `show` is needed for
+    `collect.demonstrate` only."""
     check_tasks(options, tasks)
     bench.policy.add_adapter(name, options.adapter, bench.seed)
     rest = list(tasks)
     if options.collect.tasks:
-        kept = collect(options.collect, rest[: options.collect.tasks], play, bench)
+        kept = collect(options.collect, rest[: options.collect.tasks], play, bench, show)
         rest = rest[options.collect.tasks :]
         if kept:
             fit = sft.SftOptions(
@@ -100,33 +108,48 @@ def run(options: ReasonOptions, tasks: Sequence[Task], play: Play, bench: Workbe
     return improve(options.grpo, rest, play, bench, name) if options.grpo.steps else None
 
 
-def collect(options: CollectOptions, tasks: Sequence[Task], play: Play, bench: Workbench) -> list[Rendered]:
+def collect(
+    options: CollectOptions, tasks: Sequence[Task], play: Play, bench: Workbench, show: Show | None = None
+) -> list[Rendered]:
     """Sequences of the episodes the verifier passed, capped and deduplicated per task. Sampled from the parent (adapter still zero)."""
     with bench.clock("sample"), bench.policy.gathered():
         played = play(tasks, options.samples, derive(bench.seed, "collect"), None)
-    kept: list[Rendered] = []
-    solved = 0
-    for start in range(0, len(played), options.samples):
-        distinct: dict[tuple[int, ...], Episode] = {}
-        group = played[start : start + options.samples]
-        passes = [episode for episode, judgement in group if judgement is not None and judgement.passed]
-        for episode in passes:
-            distinct.setdefault(episode.ids, episode)
-        solved += bool(distinct)
-        most = options.easy_cap if len(passes) == len(group) else options.cap
-        kept += [bench.contract.render_episode(episode) for episode in list(distinct.values())[:most]]
-    passed = sum(judgement is not None and judgement.passed for _, judgement in played)
+    kept: list[Episode] = []
+    solved = demonstrated = 0
+    for index, task in enumerate(tasks):
+        chosen = _chosen(options, played[index * options.samples : (index + 1) * options.samples])
+        solved += bool(chosen)
+        if options.demonstrate and show is not None and task.demonstration and not chosen:
+            episode, judgement = show(task)
+            chosen = [episode] if _passes(judgement) else []
+            demonstrated += bool(chosen)
+        kept += chosen
     bench.log(
         "collect",
         -1,
         1,
         {
-            "collect_pass_share": passed / max(1, len(played)),
+            "collect_pass_share": _pass_share(played),
             "collect_solved_share": solved / max(1, len(tasks)),
+            "collect_demonstrated": float(demonstrated),
             "collect_kept": float(len(kept)),
         },
     )
-    return [sequence for sequence in kept if sequence.learned]
+    return [sequence for sequence in map(bench.contract.render_episode, kept) if sequence.learned]
+
+
+def _chosen(options: CollectOptions, group: Sequence[Played]) -> list[Episode]:
+    """Of one task's samples the distinct ones that passed, as many as the options take."""
+    passes = [episode for episode, judgement in group if _passes(judgement)]
+    distinct: dict[tuple[int, ...], Episode] = {}
+    for episode in passes:
+        distinct.setdefault(episode.ids, episode)
+    most = options.easy_cap if len(passes) == len(group) else options.cap
+    return list(distinct.values())[:most]
+
+
+def _passes(judgement: Judgement | None) -> bool:
+    return judgement is not None and judgement.passed
 
 
 def improve(options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str) -> str | None:
@@ -226,8 +249,8 @@ def _old_logprobs(episode: Episode) -> Tensor:
     )
 
 
-def _pass_share(played: Sequence[tuple[Episode, Judgement | None]]) -> float:
-    return sum(j is not None and j.passed for _, j in played) / max(1, len(played))
+def _pass_share(played: Sequence[Played]) -> float:
+    return sum(_passes(judgement) for _, judgement in played) / max(1, len(played))
 
 
 def _with_signal(advantages: Tensor, group: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from posttrain.agents.world import Environment
@@ -104,8 +105,9 @@ class FinanceOps:
         return pairs
 
     def tasks(self, *, kinds: Sequence[str] = DEFAULT_KINDS, n: int, split: str, seed: int) -> list[Task]:
-        """`n` checkable requests, kinds taken in turn. Any integer seed works."""
-        return [task for task, _ in self.solved_tasks(kinds=kinds, n=n, split=split, seed=seed)]
+        """`n` checkable requests, kinds taken in turn; those of the train split with a demonstration. Any integer seed works."""
+        solved = self.solved_tasks(kinds=kinds, n=n, split=split, seed=seed)
+        return [replace(task, demonstration=gold) if split == "train" else task for task, gold in solved]
 
     def solved_tasks(self, *, kinds: Sequence[str], n: int, split: str, seed: int) -> list[tuple[Task, tuple[Message, ...]]]:
         """The tasks of `tasks` with their gold continuations, for audits of the verifiers."""
