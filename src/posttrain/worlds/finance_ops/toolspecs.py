@@ -61,7 +61,8 @@ TOOLS: tuple[ToolSpec, ...] = (
     _tool(
         "propose_entry",
         "correct on trial",
-        {"ref": _ref(), "kind": _one_of(*Kind), "debit": _ACCOUNT, "credit": _ACCOUNT, "amount": _AMOUNT},
+        # the kind last: it follows from the accounts, and what is written first is decided first
+        {"ref": _ref(), "debit": _ACCOUNT, "credit": _ACCOUNT, "amount": _AMOUNT, "kind": _one_of(*Kind)},
     ),
     _tool(
         "post_entry",

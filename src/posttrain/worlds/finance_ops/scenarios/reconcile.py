@@ -43,10 +43,10 @@ def case(bench: Bench) -> Case:
     truth = bench.rng.choice(bench.facts.differences)
     arguments = {
         "ref": truth.doc,
-        "kind": str(truth.kind),
         "debit": truth.debit,
         "credit": truth.credit,
         "amount": money.text(truth.amount),
+        "kind": str(truth.kind),
     }
     return Case(_told(bench, truth), truth, arguments)
 
