@@ -19,7 +19,7 @@ from posttrain.pipeline.runtime import parse_dtype, prepare_process
 from posttrain.policy import LoraOptions, Policy, fill_packs
 from posttrain.policy.device import find_device
 from posttrain.sampling import LocalSampler, Sample, SampleOptions, SampleRequest
-from posttrain.stages import preference, reason
+from posttrain.stages import preference, rollouts
 from posttrain.stages.bench import learned_weight
 from posttrain.stages.sft import token_cross_entropy
 from posttrain.training import Learner, OptimiserOptions
@@ -67,7 +67,7 @@ def grpo(material: Material, turns: Turns, options: Options) -> None:
     tokenizer = Contract.load(Path(material["base"])).tokenizer
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in material["prompts"]]
     how = SampleOptions(max_tokens=options["max_tokens"], temperature=1.0)
-    settings = reason.GrpoOptions(group=options["group"])
+    settings = rollouts.GrpoOptions(group=options["group"])
 
     def steps() -> Iterator[Step]:
         for step, chosen in enumerate(_batches(prompts, options["prompts"])):
@@ -77,10 +77,10 @@ def grpo(material: Material, turns: Turns, options: Options) -> None:
             ]
             samples = sampler.sample(requests)
             rewards = torch.tensor([len(set(sample.ids)) / len(sample.ids) for sample in samples])
-            advantages = reason.advantages_of(settings, rewards)
+            advantages = rollouts.advantages_of(settings, rewards)
             sequences = [_answered(r.prompt, s) for r, s in zip(requests, samples, strict=True)]
             old = [torch.tensor(s.logprobs) for s in samples]
-            work = reason.work_of(settings, sequences, old, advantages, learner, options["pack_tokens"], len(samples))
+            work = rollouts.work_of(settings, sequences, old, advantages, learner, options["pack_tokens"], len(samples))
             metrics = learner.forward_backward(work.packs, work.objective)
             learner.step()
             yield {"loss": metrics["loss"], "tokens": float(sum(len(s.ids) for s in samples))}

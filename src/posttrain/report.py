@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from posttrain.errors import DataError
 from posttrain.files.atomic import write_text
+from posttrain.files.chainlog import RESERVED
 from posttrain.reporting import curves, road_svg, time_bars
 
 _NUMBERS = {"sft": "1", "adapters": "2", "preference": "3", "tools": "4", "reason": "5", "distill": "6"}
@@ -20,7 +21,7 @@ _LEVERS = {
     "adapters": "One small adapter per tenant on the one accepted base, from the tenant's own data.",
     "preference": "DPO: pairs of a better and a worse answer, held to the parent by the reference.",
     "tools": "Tool trajectories to learn; schemas, permissions and execution at inference.",
-    "reason": "Best-of-K samples that the verifier passed, then GRPO on the verifier's score.",
+    "reason": "Best-of-K samples that the verifier passed, demonstrations of what none passed where asked, then GRPO on its score.",
     "distill": "A student cut from the teacher learns its answers, then its distributions; the teacher is locked.",
 }
 _PARTS = ("load", "train", "sample", "evaluate", "release")
@@ -55,6 +56,7 @@ def write_report(run_folder: Path) -> Path:
         units={name: next(t[name]["unit"] for t in tables if name in t) for name in names},
         counts={name: max(t[name]["n"] for t in tables if name in t) for name in names},
         curves={stage["name"]: Markup(curves(stage["name"], [x for x in lines if x.get("stage") == stage["name"]])) for stage in stages},
+        prepared={stage["name"]: _prepared([x for x in lines if x.get("stage") == stage["name"]]) for stage in stages},
         pairs=_pairs(run_folder, stages), bars=Markup(time_bars([(name, parts) for name, parts, _, _ in times])), parts=_PARTS, times=times,
         channel_of=lambda stage: _channel_of(stage, summary["channels"]),
     )  # fmt: skip
@@ -118,6 +120,18 @@ def _pairs(run_folder: Path, stages: list[Mapping[str, Any]]) -> dict[str, list[
         found[stage["name"]] = (changed + [p for p in pairs if p not in changed])[:_PAIRS_SHOWN]
         if stage["accepted"] and "main" in stage["releases"]:
             before = after
+    return found
+
+
+_NOT_MEASURED = {"stage", "phase", "step", "at", "hash", *RESERVED}
+
+
+def _prepared(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """What a stage measured before its first step: what it collected, how close a fit came. Of a resumed one the last."""
+    found: dict[str, float] = {}
+    for line in lines:
+        if line.get("step") == -1:
+            found |= {name: value for name, value in line.items() if name not in _NOT_MEASURED and isinstance(value, int | float)}
     return found
 
 

@@ -40,7 +40,7 @@ def tiny_recipe(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
     hard = {"targets": [{"metric": "tool_success", "at_least": 1.01}]}
     few = {"batch": 2, "optimiser": {"lr": 1.0e-3}, "max_tokens": 4096, "adapter": {"rank": 2, "alpha": 4}}
     reason = {
-        "collect": {"tasks": 2, "samples": 2},
+        "collect": {"tasks": 2, "samples": 2, "demonstrate": True},
         "grpo": {"steps": 1, "tasks": 2, "group": 2, "max_len": 8},
         "max_tokens": 4096,
         "adapter": {"rank": 2},

@@ -185,6 +185,12 @@ def test_the_report_names_every_stage(road: tuple[Path, dict[str, Any]]) -> None
     assert all(stage in page for stage in STAGES)
 
 
+def test_the_report_says_what_was_measured_before_the_first_step(road: tuple[Path, dict[str, Any]]) -> None:
+    page = (road[0] / "tiny" / "report.html").read_text()
+    assert "collect solved share <b>0</b> · collect demonstrated <b>2</b> · collect kept <b>2</b>" in page  # a random model
+    assert "fit distance <b>" in page
+
+
 def test_the_report_is_one_page_that_loads_nothing_and_runs_nothing(road: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     shutil.copytree(road[0] / "tiny", tmp_path / "tiny")
     samples = tmp_path / "tiny" / "stages" / "sft" / "samples.json"

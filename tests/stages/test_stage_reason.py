@@ -14,12 +14,14 @@ from workshop import LORA, Shop
 
 from posttrain.contract import Contract
 from posttrain.data.records import Episode, Message, StopReason, Task, Turn
-from posttrain.errors import DataError
+from posttrain.errors import DataError, RecipeError
 from posttrain.policy import Pack
+from posttrain.recipe import build
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from posttrain.stages import Workbench, reason
 from posttrain.stages.bench import derive
-from posttrain.stages.reason import CollectOptions, GrpoOptions, ReasonOptions, group_advantages
+from posttrain.stages.reason import CollectOptions, ReasonOptions
+from posttrain.stages.rollouts import GrpoOptions, group_advantages
 from posttrain.training import OptimiserOptions
 from posttrain.verifying.judgement import Judgement
 
@@ -284,6 +286,60 @@ def test_an_unscored_episode_gets_exactly_zero_and_moves_nobody_elses_mean(form:
 def test_a_group_of_which_one_was_scored_teaches_nothing() -> None:
     advantages, _ = group_advantages(replace(GRPO, group=3), scores(None, 1.0, None, None, None, None))
     assert advantages.tolist() == [0.0] * 6
+
+
+# -- losses by name ----------------------------------------------------------------------------------------------------------
+
+
+def shown_digits(bench: Workbench, asked: Sequence[Task]) -> Callable[[Task], tuple[Episode, Judgement | None]]:
+    play = Script(bench.contract, [])
+    return lambda task: play.play(task, "12.50", True)
+
+
+# a random model's tokens are all rare, where luffy's traces weigh least
+@pytest.mark.parametrize(("loss", "most"), [("grpo", 2), ("dr_grpo", 2), ("dapo", 2), ("gspo", 2), ("luffy", 1)])
+def test_each_loss_makes_likelier_what_its_advantage_asks_for(loss: str, most: float, shop: Shop) -> None:
+    bench = shop.bench()
+    asked = [replace(task, demonstration=(Message("assistant", "12.50"),)) for task in tasks(12)]
+    before = digit_probability(bench, asked)
+    options = replace(OPTIONS, grpo=replace(GRPO, loss=loss, max_kl=50.0))
+    reason.run(options, asked, Toy(bench, likes_digits(bench.contract)), bench, show=shown_digits(bench, asked))
+    assert digit_probability(bench, asked) > most * before
+    for _, _, metrics in shop.notes.lines:
+        assert metrics["kl_sum"] >= 0 and metrics["tokens"] > 0
+        assert metrics.get("external") == (2.0 if loss == "luffy" else None)
+
+
+def test_a_demonstration_joins_its_group_as_a_trace_whose_tokens_count_by_their_shaped_probability(shop: Shop) -> None:
+    bench = shop.bench()
+    asked = [replace(task, demonstration=(Message("assistant", "12.50"),)) for task in tasks(2)]
+    toy = Toy(bench, lambda episode: Judgement(False, 0.0))  # own answers are all wrong
+    shown = shown_digits(bench, asked)
+    sequences = [bench.contract.render_episode(shown(task)[0]) for task in asked]
+    with torch.no_grad():
+        traces = [bench.policy.logprobs(Pack.of([sequence])) for sequence in sequences]
+    options = replace(OPTIONS, grpo=replace(GRPO, steps=1, group=4, advantage="centred", loss="luffy", gamma=0.2))
+    reason.run(options, asked, toy, bench, show=shown)
+    # over the union of four wrong answers and a right one, the trace's advantage is 1 - 1/5 and the others' -1/5, at ratio 1
+    own = [len(episode.turns[0].ids) for episode, _ in toy.played[0]]
+    probabilities = torch.cat([trace.double().exp() for trace in traces])
+    wanted = 0.2 * sum(own) - 0.8 * float((probabilities / (probabilities + 0.2)).sum())
+    metrics = shop.notes.lines[-1][2]
+    assert metrics["loss"] == pytest.approx(wanted / (sum(own) + len(probabilities)), rel=1e-4)
+    assert (metrics["reward"], metrics["pass_share"], metrics["external"]) == (0.0, 0.0, 2.0)
+
+
+def test_each_loss_has_a_clip_range_of_its_own_that_may_be_changed() -> None:
+    assert GrpoOptions().named == "grpo" and GrpoOptions(advantage="centred").named == "dr_grpo"
+    clips = {loss: GrpoOptions(loss=loss).clip for loss in ("grpo", "dapo", "gspo")}
+    assert clips == {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
+    assert GrpoOptions(loss="dapo", eps_low=0.1).clip == (0.1, 0.28)
+
+
+@pytest.mark.parametrize("loss", ["gspo", "luffy"])
+def test_a_penalty_that_a_loss_has_not_is_refused(loss: str) -> None:
+    with pytest.raises(RecipeError, match=f"the loss {loss} has no KL term"):
+        build(ReasonOptions, {"grpo": {"loss": loss, "beta": 0.1}}, "stages.reason.options")
 
 
 # -- best of K -------------------------------------------------------------------------------------------------------------

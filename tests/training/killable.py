@@ -18,7 +18,7 @@ from posttrain.contract import Contract
 from posttrain.data.records import Conversation, Episode, Message, Preference, Task, Turn
 from posttrain.policy import LoraOptions, Policy
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
-from posttrain.stages import Workbench, preference, reason, sft
+from posttrain.stages import Workbench, preference, reason, rollouts, sft
 from posttrain.stages.bench import derive
 from posttrain.training import OptimiserOptions, team
 from posttrain.verifying.judgement import Judgement
@@ -59,7 +59,7 @@ def run(
         sft.run(sft.SftOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER), records, bench)
     elif kind == "grpo":
         tasks = [Task(str(i), (m,)) for i, m in enumerate(asked)]
-        grpo = reason.GrpoOptions(steps=STEPS, tasks=2, group=4, max_len=6, optimiser=OPTIMISER)
+        grpo = rollouts.GrpoOptions(steps=STEPS, tasks=2, group=4, max_len=6, optimiser=OPTIMISER)
         options = reason.ReasonOptions(LORA, reason.CollectOptions(tasks=0), grpo)
         reason.run(options, tasks * 3, played_on(bench), bench)
     else:
@@ -72,7 +72,7 @@ def run(
     return {name: p.detach().clone() for name, p in policy.adapter_parameters("main").items()}
 
 
-def played_on(bench: Workbench) -> reason.Play:
+def played_on(bench: Workbench) -> rollouts.Play:
     """Six sampled tokens a task and copy; the score is the share of tokens with an even number."""
     sampler = LocalSampler(bench.policy, bench.contract.end_of_turn)
 

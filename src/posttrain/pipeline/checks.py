@@ -205,12 +205,13 @@ def check_demonstrations(stage: StageRecipe, material: Material, contract: Contr
     """Raise RecipeError when a stage is to learn from demonstrations and no task has one, and DataError for one that its own task's
     verifier does not pass."""
     options = stage_options(stage)
-    if not isinstance(options, ReasonOptions) or not options.collect.demonstrate:
+    if not isinstance(options, ReasonOptions) or not options.demonstrated:
         return
     shown = [task for task in material.tasks if task.demonstration]
     if not shown:
-        where = f"stages.{stage.name}.options.collect.demonstrate"
-        raise RecipeError("no task has a demonstration", where=where, value=True, remedy="give the tasks one, or set it to false")
+        key, value = ("collect.demonstrate", True) if options.collect.demonstrate else ("grpo.loss", options.grpo.named)
+        remedy = "give the tasks one, or leave it out"
+        raise RecipeError("no task has a demonstration", where=f"stages.{stage.name}.options.{key}", value=value, remedy=remedy)
     guard = Guard.of(world)
     for task in shown:
         _, judgement = play_demonstration(task, contract=contract, world=world, guard=guard)
