@@ -87,11 +87,11 @@ def promote_release(runs: Path, channel: str, release: str, *, by: str, why: str
 
 
 def issue_tenant_key(runs: Path, tenant: str, channel: str | None) -> tuple[str, str]:
-    """A new key of a tenant and the channel it leads to: the one named, else the tenant's present one, else that of its own name.
-    RegistryError for a channel that is not there."""
+    """A new key of a tenant and the channel it leads to: the one named, else `Access.channel_of`. RegistryError for a channel that is not
+    there."""
     path, names = runs / KEYS, open_registry(runs)[1].names()
-    present = Access.read(path).tenants if path.exists() else {}
-    wanted = channel or present.get(tenant, tenant)
+    access = Access.read(path) if path.exists() else Access({}, ())
+    wanted = channel or access.channel_of(tenant)
     if wanted not in names:
         raise RegistryError(
             "there is no such channel", where=str(runs), value=wanted,

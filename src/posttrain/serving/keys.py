@@ -38,6 +38,10 @@ class Access:
         """Every key's holder and id, in the order they were issued."""
         return [Caller(tenant, digest[:_ID]) for digest, tenant in self.keys]
 
+    def channel_of(self, tenant: str) -> str:
+        """Where a tenant's next key leads unless it is said: to its present channel, or to one of its own name."""
+        return self.tenants.get(tenant, tenant)
+
     def caller(self, key: str) -> Caller | None:
         """The holder of `key`. Every stored sum is compared in constant time, so timing says nothing about any of them."""
         digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
@@ -86,13 +90,13 @@ class AccessFile:
 
 
 def issue_key(path: Path, tenant: str, channel: str | None = None) -> str:
-    """Make a key for a tenant, store its sum, and return the key: it cannot be had again. `channel` defaults to the tenant's
-    present one, or to one of its own name."""
+    """Make a key for a tenant, store its sum, and return the key: it cannot be had again. `channel` defaults to
+    `Access.channel_of`."""
     key = f"pt-{secrets.token_urlsafe(32)}"
     digest = hashlib.sha256(key.encode()).hexdigest()
     with _changing(path):
         access = Access.read(path) if path.exists() else Access({}, ())
-        channel = channel or access.tenants.get(tenant, tenant)
+        channel = channel or access.channel_of(tenant)
         write_json(path, _to_json(Access({**access.tenants, tenant: channel}, (*access.keys, (digest, tenant)))))
     return key
 
