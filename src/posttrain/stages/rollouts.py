@@ -181,8 +181,8 @@ def work_of(
     pack_tokens: int,
     rows: int,
 ) -> Work:
-    """One update over `rows` completions of the policy's own, of which `sequences` are those with a term of the loss; old[i] are the
-    sampler's log-probabilities of sequence i's learned tokens."""
+    """One update over `rows` completions of the policy's own, of which `sequences` are those with a term of the loss, and all its
+    tokens; old[i] are the sampler's log-probabilities of sequence i's learned tokens."""
     size = _Size(rows, float(sum(map(len, old))))
     return _work(options, sequences, old, advantages, torch.zeros(len(sequences)), learner, pack_tokens, size)
 
