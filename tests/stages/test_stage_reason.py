@@ -288,6 +288,16 @@ def test_a_group_of_which_one_was_scored_teaches_nothing() -> None:
     assert advantages.tolist() == [0.0] * 6
 
 
+def test_a_task_that_every_sample_solved_is_solved_though_none_of_them_is_kept(shop: Shop) -> None:
+    bench = shop.bench()
+    asked = [replace(task, demonstration=(Message("assistant", "gold"),)) for task in tasks(1)]
+    play = Script(bench.contract, [[("right", True), ("right", True)]])
+    options = CollectOptions(tasks=1, samples=2, easy_cap=0, demonstrate=True)
+    assert reason.collect(options, asked, play, bench, lambda task: play.play(task, "gold", True)) == []
+    metrics = shop.notes.lines[-1][2]
+    assert (metrics["collect_solved_share"], metrics["collect_demonstrated"]) == (1.0, 0.0)
+
+
 # -- losses by name ----------------------------------------------------------------------------------------------------------
 
 

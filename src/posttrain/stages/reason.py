@@ -89,9 +89,10 @@ def collect(
     kept: list[Episode] = []
     solved = demonstrated = 0
     for index, task in enumerate(tasks):
-        chosen = _chosen(options, played[index * options.samples : (index + 1) * options.samples])
-        solved += bool(chosen)
-        if options.demonstrate and show is not None and task.demonstration and not chosen:
+        group = played[index * options.samples : (index + 1) * options.samples]
+        chosen, right = _chosen(options, group), any(passes(judgement) for _, judgement in group)
+        solved += right
+        if options.demonstrate and show is not None and task.demonstration and not right:
             episode, judgement = show(task)
             chosen = [episode] if passes(judgement) else []
             demonstrated += bool(chosen)

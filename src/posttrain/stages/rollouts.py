@@ -240,7 +240,7 @@ class _Update:
             unclipped = options.eps_low is None and options.eps_high is None
             shaping = Luffy(options.gamma, None if unclipped else options.clip)
             loss, metrics = luffy(logp, old, mask, gains, external, shaping, normaliser=tokens)
-            return loss, {**metrics, **_drift(logp, mask, reference)}
+            return loss, {**metrics, **_drift(logp, mask * (1 - external)[:, None], reference)}  # k3 is of own samples
         terms: PolicyTerms = {"ref_logp_bt": reference, "beta": options.beta, "eps_low": low, "eps_high": high}
         if options.named == "dr_grpo":
             return dr_grpo(logp, old, mask, gains, options.max_len, normaliser=rows, **terms)
