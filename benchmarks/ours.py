@@ -80,7 +80,8 @@ def grpo(material: Material, turns: Turns, options: Options) -> None:
             advantages = rollouts.advantages_of(settings, rewards)
             sequences = [_answered(r.prompt, s) for r, s in zip(requests, samples, strict=True)]
             old = [torch.tensor(s.logprobs) for s in samples]
-            work = rollouts.work_of(settings, sequences, old, advantages, learner, options["pack_tokens"], len(samples))
+            own, size = torch.zeros(len(samples)), rollouts.StepSize(len(samples), float(sum(map(len, old))))
+            work = rollouts.work_of(settings, sequences, old, advantages, own, learner, options["pack_tokens"], size)
             metrics = learner.forward_backward(work.packs, work.objective)
             learner.step()
             yield {"loss": metrics["loss"], "tokens": float(sum(len(s.ids) for s in samples))}

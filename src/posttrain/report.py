@@ -21,7 +21,7 @@ _LEVERS = {
     "adapters": "One small adapter per tenant on the one accepted base, from the tenant's own data.",
     "preference": "DPO: pairs of a better and a worse answer, held to the parent by the reference.",
     "tools": "Tool trajectories to learn; schemas, permissions and execution at inference.",
-    "reason": "Best-of-K samples that the verifier passed, demonstrations of what none passed where asked, then GRPO on its score.",
+    "reason": "Best-of-K samples that passed the verifier, demonstrations where none did if asked, then GRPO on the verifier's score.",
     "distill": "A student cut from the teacher learns its answers, then its distributions; the teacher is locked.",
 }
 _PARTS = ("load", "train", "sample", "evaluate", "release")
@@ -123,7 +123,7 @@ def _pairs(run_folder: Path, stages: list[Mapping[str, Any]]) -> dict[str, list[
     return found
 
 
-_NOT_MEASURED = {"stage", "phase", "step", "at", "hash", *RESERVED}
+_NOT_MEASURED = {"stage", "phase", "step", "at", *RESERVED}
 
 
 def _prepared(lines: list[dict[str, Any]]) -> dict[str, float]:

@@ -39,10 +39,19 @@ def test_its_turns_are_the_tokens_that_the_contract_writes() -> None:
 
 
 @pytest.mark.parametrize("tenant", ["retail_B", None])
-def test_the_verifier_and_the_guard_have_the_last_word(tenant: str | None) -> None:
+def test_the_verifier_has_the_last_word(tenant: str | None) -> None:
     world = FakeWorld()
     _, judgement = play(calls(2), Message("assistant", "it is 5"), world=world, tenant=tenant)
     assert judgement is not None and not judgement.passed
+
+
+@pytest.mark.parametrize(("tenant", "paid"), [("retail_B", ["50.00"]), ("bank_A", []), (None, [])])
+def test_the_guard_stands_before_its_calls(tenant: str | None, paid: list[str]) -> None:
+    world = FakeWorld()
+    pay = Message("assistant", "", (ToolCall("mine", "pay", '{"amount":"50.00"}'),))
+    episode, _ = play(pay, Message("assistant", "paid"), world=world, tenant=tenant)
+    assert [arguments["amount"] for _, arguments, _ in world.executed] == paid
+    assert (episode.outcomes[0].denied is None) == bool(paid)
 
 
 def test_one_that_stops_too_early_ends_there() -> None:

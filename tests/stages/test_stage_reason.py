@@ -21,7 +21,7 @@ from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from posttrain.stages import Workbench, reason
 from posttrain.stages.bench import derive
 from posttrain.stages.reason import CollectOptions, ReasonOptions
-from posttrain.stages.rollouts import GrpoOptions, group_advantages
+from posttrain.stages.rollouts import GrpoOptions, advantages_of, rewards_of
 from posttrain.training import OptimiserOptions
 from posttrain.verifying.judgement import Judgement
 
@@ -206,7 +206,7 @@ def test_tokens_the_grammar_forced_are_not_part_of_the_update(shop: Shop) -> Non
         toy = Toy(bench, likes_digits(bench.contract), forced=forced)
         reason.run(options, tasks(2), toy, bench)
         live = shop.notes.lines[0][2]["tokens"]
-        advantages, _ = group_advantages(GRPO, [j for _, j in toy.played[0]])
+        advantages = advantages_of(GRPO, rewards_of(toy.played[0]))
         kept = [e for (e, _), a in zip(toy.played[0], advantages.tolist(), strict=True) if a != 0]
         assert live == sum(len(e.turns[0].ids) - forced for e in kept)
         counts[forced] = live
@@ -261,6 +261,12 @@ def scores(*values: float | None) -> list[Judgement | None]:
     return [None if value is None else Judgement(value == 1, value) for value in values]
 
 
+def group_advantages(options: GrpoOptions, judgements: list[Judgement | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    episode = Episode("t", None, "task", (), (), (), StopReason.END_OF_TURN, ())
+    rewards = rewards_of([(episode, judgement) for judgement in judgements])
+    return advantages_of(options, rewards), rewards
+
+
 def test_advantages_are_taken_within_each_group() -> None:
     options = replace(GRPO, group=2, advantage="centred")
     advantages, rewards = group_advantages(options, scores(1.0, 0.0, 0.25, 0.75))
@@ -293,7 +299,7 @@ def test_a_task_that_every_sample_solved_is_solved_though_none_of_them_is_kept(s
     asked = [replace(task, demonstration=(Message("assistant", "gold"),)) for task in tasks(1)]
     play = Script(bench.contract, [[("right", True), ("right", True)]])
     options = CollectOptions(tasks=1, samples=2, easy_cap=0, demonstrate=True)
-    assert reason.collect(options, asked, play, bench, lambda task: play.play(task, "gold", True)) == []
+    assert reason.collect(options, asked, play, bench, lambda shown: [play.play(task, "gold", True) for task in shown]) == []
     metrics = shop.notes.lines[-1][2]
     assert (metrics["collect_solved_share"], metrics["collect_demonstrated"]) == (1.0, 0.0)
 
@@ -301,9 +307,9 @@ def test_a_task_that_every_sample_solved_is_solved_though_none_of_them_is_kept(s
 # -- losses by name ----------------------------------------------------------------------------------------------------------
 
 
-def shown_digits(bench: Workbench, asked: Sequence[Task]) -> Callable[[Task], tuple[Episode, Judgement | None]]:
+def shown_digits(bench: Workbench) -> Callable[[Sequence[Task]], Played]:
     play = Script(bench.contract, [])
-    return lambda task: play.play(task, "12.50", True)
+    return lambda shown: [play.play(task, "12.50", True) for task in shown]
 
 
 # a random model's tokens are all rare, where luffy's traces weigh least
@@ -313,7 +319,7 @@ def test_each_loss_makes_likelier_what_its_advantage_asks_for(loss: str, most: f
     asked = [replace(task, demonstration=(Message("assistant", "12.50"),)) for task in tasks(12)]
     before = digit_probability(bench, asked)
     options = replace(OPTIONS, grpo=replace(GRPO, loss=loss, max_kl=50.0))
-    reason.run(options, asked, Toy(bench, likes_digits(bench.contract)), bench, show=shown_digits(bench, asked))
+    reason.run(options, asked, Toy(bench, likes_digits(bench.contract)), bench, show=shown_digits(bench))
     assert digit_probability(bench, asked) > most * before
     for _, _, metrics in shop.notes.lines:
         assert metrics["kl_sum"] >= 0 and metrics["tokens"] > 0
@@ -324,8 +330,8 @@ def test_a_demonstration_joins_its_group_as_a_trace_whose_tokens_count_by_their_
     bench = shop.bench()
     asked = [replace(task, demonstration=(Message("assistant", "12.50"),)) for task in tasks(2)]
     toy = Toy(bench, lambda episode: Judgement(False, 0.0))  # own answers are all wrong
-    shown = shown_digits(bench, asked)
-    sequences = [bench.contract.render_episode(shown(task)[0]) for task in asked]
+    shown = shown_digits(bench)
+    sequences = [bench.contract.render_episode(episode) for episode, _ in shown(asked)]
     with torch.no_grad():
         traces = [bench.policy.logprobs(Pack.of([sequence])) for sequence in sequences]
     options = replace(OPTIONS, grpo=replace(GRPO, steps=1, group=4, advantage="centred", loss="luffy", gamma=0.2))
@@ -406,9 +412,9 @@ def test_what_no_sample_passed_is_learned_from_a_demonstration_that_passes(
     play = Script(bench.contract, lines)
     seen: list[str] = []
 
-    def show(task: Task) -> tuple[Episode, Judgement | None]:
-        seen.append(task.id)
-        return play.play(task, task.demonstration[0].content, task.id == "t1")
+    def show(shown: Sequence[Task]) -> Played:
+        seen.extend(task.id for task in shown)
+        return [play.play(task, task.demonstration[0].content, task.id == "t1") for task in shown]
 
     options = CollectOptions(tasks=4, samples=1, demonstrate=demonstrate)
     kept = reason.collect(options, asked, play, bench, show)

@@ -156,5 +156,5 @@ def _sample(task: Task, episode: Episode, judgement: Judgement | None) -> dict[s
         "task": task.id, "kind": task.kind, "tenant": task.tenant, "request": task.messages[-1].content,
         "output": "\n".join(f"{message.role}: {shown(message).strip()}" for message in after), "stop": episode.stop.value,
         "passed": None if judgement is None else judgement.passed, "score": None if judgement is None else judgement.score,
-        "why": [] if judgement is None else [f"{step.name}: {step.why}" for step in judgement.steps if not step.passed],
+        "why": [] if judgement is None else judgement.failed,
     }  # fmt: skip

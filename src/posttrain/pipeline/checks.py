@@ -216,9 +216,7 @@ def check_demonstrations(stage: StageRecipe, material: Material, contract: Contr
     for task in shown:
         _, judgement = play_demonstration(task, contract=contract, world=world, guard=guard)
         if judgement is None or not judgement.passed:
-            failed = (
-                [f"{step.name}: {step.why}" for step in judgement.steps if not step.passed] if judgement else ["no judgement"]
-            )
+            failed = judgement.failed if judgement else ["no judgement"]
             raise DataError(
                 f"its verifier does not pass it: {'; '.join(failed) or 'failed'}",
                 where=f"{stage.data.path or world.name}: task {task.id}: demonstration",

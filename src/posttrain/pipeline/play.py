@@ -37,9 +37,10 @@ class Player:
         owners = [task for task in tasks for _ in range(options.copies)]
         return [(task, episode, judgement) for task, (episode, judgement) in zip(owners, judged, strict=True)]
 
-    def show(self, task: Task) -> tuple[Episode, Judgement | None]:
-        """The task's demonstration, played and judged."""
-        return play_demonstration(task, contract=self.runtime.contract, world=self.world, guard=Guard.of(self.world))
+    def show(self, tasks: Sequence[Task]) -> list[tuple[Episode, Judgement | None]]:
+        """Each task's demonstration, played and judged."""
+        guard = Guard.of(self.world)
+        return [play_demonstration(task, contract=self.runtime.contract, world=self.world, guard=guard) for task in tasks]
 
     def draw(
         self, tasks: Sequence[Task], copies: int, seed: int, adapter: str | None, temperature: float

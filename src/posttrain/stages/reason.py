@@ -86,29 +86,27 @@ def collect(
     """Sequences of the episodes the verifier passed, capped and deduplicated per task. Sampled from the parent (adapter still zero)."""
     with bench.clock("sample"), bench.policy.gathered():
         played = play(tasks, options.samples, derive(bench.seed, "collect"), None)
-    kept: list[Episode] = []
-    solved = demonstrated = 0
-    for index, task in enumerate(tasks):
-        group = played[index * options.samples : (index + 1) * options.samples]
-        chosen, right = _chosen(options, group), any(passes(judgement) for _, judgement in group)
-        solved += right
-        if options.demonstrate and show is not None and task.demonstration and not right:
-            episode, judgement = show(task)
-            chosen = [episode] if passes(judgement) else []
-            demonstrated += bool(chosen)
-        kept += chosen
+    groups = [played[start : start + options.samples] for start in range(0, len(played), options.samples)]
+    unsolved = [index for index, group in enumerate(groups) if not any(passes(judgement) for _, judgement in group)]
+    kept = [_chosen(options, group) for group in groups]
+    demonstrated: list[int] = []
+    if options.demonstrate and show is not None:
+        demonstrated = [index for index in unsolved if tasks[index].demonstration]
+        for index, (episode, judgement) in zip(demonstrated, show([tasks[i] for i in demonstrated]), strict=True):
+            kept[index] = [episode] if passes(judgement) else []
     bench.log(
         "collect",
         -1,
         1,
         {
             "collect_pass_share": pass_share(played),
-            "collect_solved_share": solved / max(1, len(tasks)),
-            "collect_demonstrated": float(demonstrated),
-            "collect_kept": float(len(kept)),
+            "collect_solved_share": (len(groups) - len(unsolved)) / max(1, len(tasks)),
+            "collect_demonstrated": float(sum(len(kept[index]) for index in demonstrated)),
+            "collect_kept": float(sum(map(len, kept))),
         },
     )
-    return [sequence for sequence in map(bench.contract.render_episode, kept) if sequence.learned]
+    sequences = [bench.contract.render_episode(episode) for episodes in kept for episode in episodes]
+    return [sequence for sequence in sequences if sequence.learned]
 
 
 def _chosen(options: CollectOptions, group: Sequence[Played]) -> list[Episode]:

@@ -26,7 +26,7 @@ from posttrain.verifying.judgement import Judgement
 Played = tuple[Episode, Judgement | None]  # None: nobody could judge it
 # (tasks, copies, seed, adapter) -> copies episodes of each task, in order
 Play = Callable[[Sequence[Task], int, int, str | None], list[Played]]
-Show = Callable[[Task], Played]  # the task's demonstration, played
+Show = Callable[[Sequence[Task]], list[Played]]  # each task's demonstration, played
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "luffy"]
 # (eps_low, eps_high); GSPO's ratio is a geometric mean
@@ -42,15 +42,16 @@ class GrpoOptions:
 
     - grpo: mean over completions of the mean over their tokens (Shao 2024);
     - dr_grpo: sum over tokens by the constant `max_len` (Liu 2025);
-    - dapo: mean over all tokens, clip-higher; groups without signal are left out, not drawn again (Yu 2025);
+    - dapo: mean over all tokens, clip-higher (Yu 2025); groups without signal are not drawn again and stay in the divisor;
     - gspo: one ratio a completion (Zheng 2025);
     - luffy: a task's demonstration joins its group as an external trace whose tokens count by f(p) = p / (p + gamma) (Yan 2025).
 
-    None: `grpo` for the paper's advantage, `dr_grpo` for the centred one. eps_low, eps_high: the clip range, None: the loss's own (0.2
-    and 0.2; dapo 0.2 and 0.28; gspo 3e-4 and 4e-4; luffy clips nothing while both are None). gamma: luffy's. beta weighs the k3
-    penalty to the parent, of every judged completion, which gspo and luffy have not; max_kl stops the stage when the mean k3 estimate
-    to the parent, nats per token of the completions in the update, exceeds it (None: never). One update per rollout; without beta it
-    leaves out completions whose advantage is 0, as they would not move anything."""
+    None: `grpo` for the paper's advantage, `dr_grpo` for the centred one, which dr_grpo's paper and luffy's released run take, too.
+    eps_low, eps_high: the clip range, None: the loss's own (0.2 and 0.2; dapo 0.2 and 0.28; gspo 3e-4 and 4e-4; luffy clips nothing
+    while both are None). gamma: luffy's. beta weighs the k3 penalty to the parent, of every judged completion, which gspo and luffy
+    have not; max_kl stops the stage when the mean k3 estimate to the parent, nats per token of the policy's own completions in the
+    update, exceeds it (None: never). One update per rollout; without beta it leaves out completions whose advantage is 0, as they
+    would not move anything."""
 
     steps: Whole = 6
     tasks: Count = 8
@@ -79,20 +80,6 @@ class GrpoOptions:
         return low if self.eps_low is None else self.eps_low, high if self.eps_high is None else self.eps_high
 
 
-@dataclass(frozen=True, slots=True)
-class _Rollout:
-    """The completions of one step, group after group: own samples, and external traces behind them. rewards [n], nan where nobody could
-    judge."""
-
-    played: Sequence[Played]
-    groups: Tensor
-    external: Tensor
-
-    @property
-    def rewards(self) -> Tensor:
-        return torch.tensor([float("nan") if judgement is None else judgement.score for _, judgement in self.played])
-
-
 def improve(
     options: GrpoOptions, tasks: Sequence[Task], play: Play, bench: Workbench, name: str, show: Show | None = None
 ) -> str | None:
@@ -104,27 +91,28 @@ def improve(
         chosen = [tasks[i] for i in plan[step]]
         with bench.clock("sample"), bench.policy.gathered():
             played = play(chosen, options.group, derive(bench.seed, "rollout", step), name)
-        rollout = _rolled_out(options, chosen, played, show)
-        rewards, own = rollout.rewards, rollout.external == 0
-        advantages = _advantages(options, rewards, rollout.groups)
+        traces, their_groups = _external(options, chosen, show)
+        union, groups = [*played, *traces], torch.tensor([i // options.group for i in range(len(played))] + their_groups)
+        rewards, external = rewards_of(union), torch.tensor([0.0] * len(played) + [1.0] * len(traces))
+        advantages = advantages_of(options, rewards, groups)
         # without an advantage a completion has the KL term only
         teaches = ~rewards.isnan() if options.beta != 0 else advantages != 0
-        live = [i for i in range(len(rewards)) if teaches[i] and rollout.played[i][0].turns]
-        judged = rewards[~rewards.isnan() & own]
+        live = [i for i in range(len(rewards)) if teaches[i] and union[i][0].turns]
+        judged = rewards[~rewards.isnan() & (external == 0)]
         metrics = {
             **({"reward": float(judged.mean())} if len(judged) else {}),
             "judged_share": len(judged) / len(played),
             "pass_share": pass_share(played),
-            "groups_with_signal": _with_signal(advantages, rollout.groups),
-            **({"external": float((~own).sum())} if options.named == "luffy" else {}),
+            "groups_with_signal": _with_signal(advantages, groups),
+            **({"external": float(len(traces))} if options.named == "luffy" else {}),
         }
         if not live:
             return Work([], lambda scored: (scored.hidden.sum() * 0, {}), metrics)
-        old = [_old_logprobs(episode) for episode, _ in rollout.played]
-        sequences = [bench.contract.render_episode(rollout.played[i][0]) for i in live]
-        size = _Size(len(rewards), float(sum(map(len, old))))
-        todo = _work(
-            options, sequences, [old[i] for i in live], advantages[live], rollout.external[live], learner, bench.pack_tokens, size
+        old = [_old_logprobs(episode) for episode, _ in union]
+        sequences = [bench.contract.render_episode(union[i][0]) for i in live]
+        size = StepSize(len(union), float(sum(map(len, old))))
+        todo = work_of(
+            options, sequences, [old[i] for i in live], advantages[live], external[live], learner, bench.pack_tokens, size
         )
         return replace(todo, metrics=metrics)
 
@@ -136,36 +124,30 @@ def improve(
     return stopped
 
 
-def _rolled_out(options: GrpoOptions, tasks: Sequence[Task], played: Sequence[Played], show: Show | None) -> _Rollout:
-    """What was played, and for LUFFY each task's demonstration: its reward is the verifier's like any other's."""
-    found, groups = list(played), [index // options.group for index in range(len(played))]
-    if options.named == "luffy" and show is not None:
-        for index, task in enumerate(tasks):
-            if task.demonstration:
-                found.append(show(task))
-                groups.append(index)
-    external = torch.tensor([float(index >= len(played)) for index in range(len(found))])
-    return _Rollout(found, torch.tensor(groups), external)
+def _external(options: GrpoOptions, tasks: Sequence[Task], show: Show | None) -> tuple[list[Played], list[int]]:
+    """For LUFFY the tasks' demonstrations, whose rewards are the verifier's like any other's, and each one's group."""
+    if options.named != "luffy" or show is None:
+        return [], []
+    groups = [index for index, task in enumerate(tasks) if task.demonstration]
+    return show([tasks[index] for index in groups]), groups
 
 
-def group_advantages(options: GrpoOptions, judgements: Sequence[Judgement | None]) -> tuple[Tensor, Tensor]:
-    """Advantages and rewards [groups * G]. An episode nobody could judge is left out of its group's statistics and gets 0."""
-    rewards = torch.tensor([float("nan") if j is None else j.score for j in judgements])
-    return advantages_of(options, rewards), rewards
+def rewards_of(played: Sequence[Played]) -> Tensor:
+    """[n] the verifier's scores, nan where nobody could judge."""
+    return torch.tensor([float("nan") if judgement is None else judgement.score for _, judgement in played])
 
 
-def advantages_of(options: GrpoOptions, rewards: Tensor) -> Tensor:
-    """[groups * G] rewards, nan where nobody could judge -> advantages, 0 there."""
-    return _advantages(options, rewards, torch.arange(len(rewards)) // options.group)
-
-
-def _advantages(options: GrpoOptions, rewards: Tensor, groups: Tensor) -> Tensor:
+def advantages_of(options: GrpoOptions, rewards: Tensor, groups: Tensor | None = None) -> Tensor:
+    """[n] rewards, nan where nobody could judge -> advantages within each group, 0 there: what nobody could judge is left out of its
+    group's statistics. groups [n]: whose each one is (None: `options.group` of each, in turn)."""
+    if groups is None:
+        groups = torch.arange(len(rewards)) // options.group
     form = standardised_advantages if options.advantage == "grpo" else centred_advantages
     return form(rewards, groups, scored_b=(~rewards.isnan()).float())
 
 
 @dataclass(frozen=True, slots=True)
-class _Size:
+class StepSize:
     """Of the whole step, completions without a term of the loss included: what its reductions divide by."""
 
     completions: int
@@ -177,27 +159,13 @@ def work_of(
     sequences: Sequence[Rendered],
     old: Sequence[Tensor],
     advantages: Tensor,
-    learner: Learner,
-    pack_tokens: int,
-    rows: int,
-) -> Work:
-    """One update over `rows` completions of the policy's own, of which `sequences` are those with a term of the loss, and all its
-    tokens; old[i] are the sampler's log-probabilities of sequence i's learned tokens."""
-    size = _Size(rows, float(sum(map(len, old))))
-    return _work(options, sequences, old, advantages, torch.zeros(len(sequences)), learner, pack_tokens, size)
-
-
-def _work(
-    options: GrpoOptions,
-    sequences: Sequence[Rendered],
-    old: Sequence[Tensor],
-    advantages: Tensor,
     external: Tensor,
     learner: Learner,
     pack_tokens: int,
-    size: _Size,
+    size: StepSize,
 ) -> Work:
-    """The reference is computed only where a KL term or a limit asks for it."""
+    """One update by the completions with a term of the loss: old[i] are the sampler's log-probabilities of sequence i's learned tokens,
+    external[i] is 1 for a trace that the policy did not sample. The reference is computed only where a KL term or a limit asks for it."""
     packs = fill_packs(sequences, pack_tokens)
     wanted = options.beta != 0 or options.max_kl is not None
     references = {pack.members: values for pack, values in learner.reference_logprobs(packs)} if wanted else {}
@@ -213,7 +181,7 @@ class _Update:
     old: Sequence[Tensor]
     advantages: Tensor
     external: Tensor
-    size: _Size
+    size: StepSize
 
     def __call__(self, scored: Scored, reference: Tensor | None) -> Objective:
         members = list(scored.pack.members)

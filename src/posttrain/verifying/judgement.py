@@ -27,6 +27,11 @@ class Judgement:
     steps: tuple[Step, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)  # extra measured values, e.g. {"tool_success": 1.0}
 
+    @property
+    def failed(self) -> list[str]:
+        """The steps that did not hold, each with its reason."""
+        return [f"{step.name}: {step.why}" for step in self.steps if not step.passed]
+
 
 class EnvironmentView(Protocol):
     """What a verifier may see of the world after the episode: read-only rows of its database."""
