@@ -19,7 +19,7 @@ from posttrain.pipeline.runtime import parse_dtype, prepare_process
 from posttrain.policy import LoraOptions, Policy, fill_packs
 from posttrain.policy.device import find_device
 from posttrain.sampling import LocalSampler, Sample, SampleOptions, SampleRequest
-from posttrain.stages import preference, rollouts
+from posttrain.stages import policy_gradient, preference
 from posttrain.stages.bench import learned_weight
 from posttrain.stages.sft import token_cross_entropy
 from posttrain.training import Learner, OptimiserOptions
@@ -67,7 +67,7 @@ def grpo(material: Material, turns: Turns, options: Options) -> None:
     tokenizer = Contract.load(Path(material["base"])).tokenizer
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in material["prompts"]]
     how = SampleOptions(max_tokens=options["max_tokens"], temperature=1.0)
-    settings = rollouts.GrpoOptions(group=options["group"])
+    settings = policy_gradient.GrpoOptions(group=options["group"])
 
     def steps() -> Iterator[Step]:
         for step, chosen in enumerate(_batches(prompts, options["prompts"])):
@@ -77,11 +77,11 @@ def grpo(material: Material, turns: Turns, options: Options) -> None:
             ]
             samples = sampler.sample(requests)
             rewards = torch.tensor([len(set(sample.ids)) / len(sample.ids) for sample in samples])
-            advantages = rollouts.advantages_of(settings, rewards)
+            advantages = policy_gradient.advantages_of(settings, rewards)
             sequences = [_answered(r.prompt, s) for r, s in zip(requests, samples, strict=True)]
             old = [torch.tensor(s.logprobs) for s in samples]
-            own, size = torch.zeros(len(samples)), rollouts.StepSize(len(samples), float(sum(map(len, old))))
-            work = rollouts.work_of(settings, sequences, old, advantages, own, learner, options["pack_tokens"], size)
+            own, size = torch.zeros(len(samples)), policy_gradient.StepSize(len(samples), float(sum(map(len, old))))
+            work = policy_gradient.work_of(settings, sequences, old, advantages, own, learner, options["pack_tokens"], size)
             metrics = learner.forward_backward(work.packs, work.objective)
             learner.step()
             yield {"loss": metrics["loss"], "tokens": float(sum(len(s.ids) for s in samples))}

@@ -38,6 +38,12 @@ def test_its_turns_are_the_tokens_that_the_contract_writes() -> None:
     assert not any(turn.forced)
 
 
+def test_a_turn_that_is_not_to_be_learned_is_played_as_forced() -> None:
+    call = Message("assistant", "", (ToolCall("mine", "add", '{"by":5}'),), learn=False)
+    episode, _ = play(call, Message("assistant", "it is 5"), world=FakeWorld())
+    assert [set(turn.forced) for turn in episode.turns] == [{True}, {False}]
+
+
 @pytest.mark.parametrize("tenant", ["retail_B", None])
 def test_the_verifier_has_the_last_word(tenant: str | None) -> None:
     world = FakeWorld()

@@ -195,18 +195,22 @@ OTHER = [{**DEMONSTRATION[1]}]
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([TASK], "stages.it.options.collect.demonstrate: no task has a demonstration"),
+        ([TASK], "stages.it.options.collect.demonstrate: none of its 1 tasks has a demonstration"),
+        # what is learned from are the first tasks; another half's demonstrations do not help
+        ([TASK, {**TASK, "id": "b", "demonstration": DEMONSTRATION}], "none of its 1 tasks has a demonstration"),
+        ([{**TASK, "demonstration": OTHER}], "task a: demonstration: its ver"),
         (
-            [{**TASK, "demonstration": DEMONSTRATION}, {**TASK, "id": "b", "demonstration": OTHER}],
-            "task b: demonstration: its ver",
+            [{**TASK, "max_turns": 2, "demonstration": [*DEMONSTRATION, {"role": "assistant", "content": "And so on."}]}],
+            "task a: demonstration: its episode ends (end_of_turn) after turn 2 of 3",
         ),
+        ([{**TASK, "demonstration": [{**turn, "weight": 0} for turn in DEMONSTRATION]}], "train on zero tokens: "),
     ],
 )
 def test_demonstrations_are_played_before_anything_is_trained(
     lines: list[dict[str, Any]], said: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     asked = stage("reason", path=rows(tmp_path, *lines)).model_copy(
-        update={"options": {"collect": {"tasks": 1, "demonstrate": True}, "grpo": {"steps": 0}}}
+        update={"options": {"collect": {"tasks": 1, "demonstrate": True}, "grpo": {"steps": 0}, "max_tokens": 2048}}
     )
     material, contract = gather(asked, WORLD, 1), Contract.load(tiny_base)
     with pytest.raises(PosttrainError) as caught:
@@ -216,7 +220,7 @@ def test_demonstrations_are_played_before_anything_is_trained(
 
 def test_the_worlds_own_tasks_show_how_only_where_they_are_to_be_learned_from(tiny_base: Path) -> None:
     asked = stage("reason", n=24, kinds=dict.fromkeys(WORLD_KINDS, 1)).model_copy(
-        update={"options": {"collect": {"tasks": 24, "demonstrate": True}, "grpo": {"steps": 0}}}
+        update={"options": {"collect": {"tasks": 24, "demonstrate": True}, "grpo": {"steps": 0}, "max_tokens": 2048}}
     )
     material = gather(asked, WORLD, 1)
     assert all(task.demonstration for task in material.tasks)

@@ -19,9 +19,9 @@ from posttrain.policy import Pack
 from posttrain.recipe import build
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from posttrain.stages import Workbench, reason
-from posttrain.stages.bench import derive
+from posttrain.stages.bench import batches, derive
+from posttrain.stages.policy_gradient import GrpoOptions, advantages_of, rewards_of
 from posttrain.stages.reason import CollectOptions, ReasonOptions
-from posttrain.stages.rollouts import GrpoOptions, advantages_of, rewards_of
 from posttrain.training import OptimiserOptions
 from posttrain.verifying.judgement import Judgement
 
@@ -49,8 +49,8 @@ def likes_digits(contract: Contract) -> Judge:
 class Toy:
     """Plays one short turn per copy with the real sampler, on the policy as it stands, and keeps what it was asked."""
 
-    def __init__(self, bench: Workbench, judge: Judge, tokens: int = 3, forced: bool = False) -> None:
-        self.bench, self.judge, self.tokens, self.forced = bench, judge, tokens, forced
+    def __init__(self, bench: Workbench, judge: Judge, tokens: int = 3, forced: bool = False, gap: float = 0.0) -> None:
+        self.bench, self.judge, self.tokens, self.forced, self.gap = bench, judge, tokens, forced, gap
         self.sampler = LocalSampler(bench.policy, bench.contract.end_of_turn)
         self.calls: list[tuple[list[str], int, int, str | None]] = []
         self.played: list[Played] = []
@@ -70,7 +70,8 @@ class Toy:
         episodes = []
         for (task, _), request, got in zip(jobs, requests, self.sampler.sample(requests), strict=True):
             forced = (self.forced, *got.forced[1:])
-            turn = Turn(len(request.prompt), got.ids, got.logprobs, got.sampled_logprobs, forced, Message("assistant"), got.stop)
+            logprobs = tuple(value - self.gap for value in got.logprobs)
+            turn = Turn(len(request.prompt), got.ids, logprobs, got.sampled_logprobs, forced, Message("assistant"), got.stop)
             ids = (*request.prompt, *got.ids)
             episodes.append(Episode(task.id, None, "task", task.messages, (turn,), (), got.stop, ids))
         self.played.append([(episode, self.judge(episode)) for episode in episodes])
@@ -206,7 +207,7 @@ def test_tokens_the_grammar_forced_are_not_part_of_the_update(shop: Shop) -> Non
         toy = Toy(bench, likes_digits(bench.contract), forced=forced)
         reason.run(options, tasks(2), toy, bench)
         live = shop.notes.lines[0][2]["tokens"]
-        advantages = advantages_of(GRPO, rewards_of(toy.played[0]))
+        advantages = advantages_of(GRPO, rewards_of(GRPO, toy.played[0]))
         kept = [e for (e, _), a in zip(toy.played[0], advantages.tolist(), strict=True) if a != 0]
         assert live == sum(len(e.turns[0].ids) - forced for e in kept)
         counts[forced] = live
@@ -263,7 +264,7 @@ def scores(*values: float | None) -> list[Judgement | None]:
 
 def group_advantages(options: GrpoOptions, judgements: list[Judgement | None]) -> tuple[torch.Tensor, torch.Tensor]:
     episode = Episode("t", None, "task", (), (), (), StopReason.END_OF_TURN, ())
-    rewards = rewards_of([(episode, judgement) for judgement in judgements])
+    rewards = rewards_of(options, [(episode, judgement) for judgement in judgements])
     return advantages_of(options, rewards), rewards
 
 
@@ -306,47 +307,166 @@ def test_a_task_that_every_sample_solved_is_solved_though_none_of_them_is_kept(s
 
 # -- losses by name ----------------------------------------------------------------------------------------------------------
 
+LOSSES = ("grpo", "dr_grpo", "dapo", "gspo", "luffy")
+
 
 def shown_digits(bench: Workbench) -> Callable[[Sequence[Task]], Played]:
     play = Script(bench.contract, [])
     return lambda shown: [play.play(task, "12.50", True) for task in shown]
 
 
-# a random model's tokens are all rare, where luffy's traces weigh least
-@pytest.mark.parametrize(("loss", "most"), [("grpo", 2), ("dr_grpo", 2), ("dapo", 2), ("gspo", 2), ("luffy", 1)])
-def test_each_loss_makes_likelier_what_its_advantage_asks_for(loss: str, most: float, shop: Shop) -> None:
+def demonstrated(count: int) -> list[Task]:
+    return [replace(task, demonstration=(Message("assistant", "12.50"),)) for task in tasks(count)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_makes_likelier_what_its_advantage_asks_for(loss: str, shop: Shop) -> None:
     bench = shop.bench()
-    asked = [replace(task, demonstration=(Message("assistant", "12.50"),)) for task in tasks(12)]
+    asked = tasks(12)  # without traces: what luffy does with its own samples alone
     before = digit_probability(bench, asked)
     options = replace(OPTIONS, grpo=replace(GRPO, loss=loss, max_kl=50.0))
     reason.run(options, asked, Toy(bench, likes_digits(bench.contract)), bench, show=shown_digits(bench))
-    assert digit_probability(bench, asked) > most * before
+    assert digit_probability(bench, asked) > 2 * before
     for _, _, metrics in shop.notes.lines:
         assert metrics["kl_sum"] >= 0 and metrics["tokens"] > 0
-        assert metrics.get("external") == (2.0 if loss == "luffy" else None)
+        assert metrics.get("external") == (0.0 if loss == "luffy" else None)
+
+
+def test_traces_alone_move_a_policy_whose_own_answers_are_all_wrong(shop: Shop) -> None:
+    bench = shop.bench()
+    asked = demonstrated(12)
+    before = digit_probability(bench, asked)
+    options = replace(OPTIONS, grpo=replace(GRPO, loss="luffy"))
+    reason.run(options, asked, Toy(bench, lambda episode: Judgement(False, 0.0)), bench, show=shown_digits(bench))
+    assert digit_probability(bench, asked) > 1.2 * before  # a random model's tokens are all rare, where traces weigh least
 
 
 def test_a_demonstration_joins_its_group_as_a_trace_whose_tokens_count_by_their_shaped_probability(shop: Shop) -> None:
     bench = shop.bench()
-    asked = [replace(task, demonstration=(Message("assistant", "12.50"),)) for task in tasks(2)]
+    asked = demonstrated(2)
     toy = Toy(bench, lambda episode: Judgement(False, 0.0))  # own answers are all wrong
     shown = shown_digits(bench)
     sequences = [bench.contract.render_episode(episode) for episode, _ in shown(asked)]
     with torch.no_grad():
         traces = [bench.policy.logprobs(Pack.of([sequence])) for sequence in sequences]
-    options = replace(OPTIONS, grpo=replace(GRPO, steps=1, group=4, advantage="centred", loss="luffy", gamma=0.2))
+    options = replace(OPTIONS, grpo=replace(GRPO, steps=1, group=4, loss="luffy", gamma=0.2, max_len=7))
     reason.run(options, asked, toy, bench, show=shown)
     # over the union of four wrong answers and a right one, the trace's advantage is 1 - 1/5 and the others' -1/5, at ratio 1
     own = [len(episode.turns[0].ids) for episode, _ in toy.played[0]]
     probabilities = torch.cat([trace.double().exp() for trace in traces])
     wanted = 0.2 * sum(own) - 0.8 * float((probabilities / (probabilities + 0.2)).sum())
     metrics = shop.notes.lines[-1][2]
-    assert metrics["loss"] == pytest.approx(wanted / (sum(own) + len(probabilities)), rel=1e-4)
+    assert metrics["loss"] == pytest.approx(
+        wanted / (10 * 7), rel=1e-4
+    )  # ten completions by the constant length, as the released run
     assert (metrics["reward"], metrics["pass_share"], metrics["external"]) == (0.0, 0.0, 2.0)
 
 
-def test_each_loss_has_a_clip_range_of_its_own_that_may_be_changed() -> None:
-    assert GrpoOptions().named == "grpo" and GrpoOptions(advantage="centred").named == "dr_grpo"
+def test_luffy_and_a_collection_that_demonstrates_ask_for_what_plays_demonstrations(shop: Shop) -> None:
+    bench = shop.bench()
+    toy = Toy(bench, lambda episode: Judgement(False, 0.0))
+    for options in (
+        replace(OPTIONS, grpo=replace(GRPO, loss="luffy")),
+        replace(OPTIONS, collect=CollectOptions(tasks=1, demonstrate=True), grpo=replace(GRPO, steps=0)),
+    ):
+        with pytest.raises(ValueError, match="needs `show`"):
+            reason.run(options, demonstrated(12), toy, bench)
+        bench = shop.bench("again")
+        toy = Toy(bench, lambda episode: Judgement(False, 0.0))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_loss_depends_on_how_its_step_is_packed(loss: str, shop: Shop) -> None:
+    lines = {}
+    for size in (30, 5000):
+        shop.notes.lines.clear()
+        bench = shop.bench(f"size{size}", pack_tokens=size)
+        options = replace(OPTIONS, grpo=replace(GRPO, steps=1, loss=loss))
+        toy = Toy(bench, likes_digits(bench.contract))
+        reason.run(options, demonstrated(2), toy, bench, show=shown_digits(bench))
+        lines[size] = dict(shop.notes.lines[0][2])
+    assert lines[30].pop("pack_tokens") > lines[5000].pop("pack_tokens")
+    assert lines[30] == pytest.approx(lines[5000], abs=1e-3)
+    assert lines[30]["grad_norm"] > 0
+
+
+def test_gspos_ratio_is_to_the_policy_itself_so_that_rounding_clips_no_row(shop: Shop) -> None:
+    """Its clip range, 3e-4, is less than what the sampler's and the learner's log-probabilities differ by in bfloat16."""
+    bench = shop.bench()
+    toy = Toy(bench, likes_digits(bench.contract), gap=0.01)
+    reason.run(replace(OPTIONS, grpo=replace(GRPO, steps=1, loss="gspo")), tasks(2), toy, bench)
+    metrics = shop.notes.lines[0][2]
+    assert metrics["clipped_rows"] == 0 and metrics["grad_norm"] > 0
+    assert metrics["sampler_gap_sum"] / metrics["tokens"] == pytest.approx(0.01, rel=0.05)
+
+
+def varied_by_task(names: Sequence[str]) -> Judge:
+    """Scores differ within the groups of these tasks only."""
+    return lambda episode: Judgement(False, sum(episode.ids) % 7 / 7 if episode.task_id in names else 0.5)
+
+
+@pytest.mark.parametrize(("loss", "divides_by"), [("dapo", 1), ("grpo", 2)])
+def test_groups_without_signal_have_no_part_in_dapos_mean(loss: str, divides_by: int, shop: Shop) -> None:
+    grad = {}
+    for count in (1, 2):  # the one varied group alone, and beside one that teaches nothing
+        shop.notes.lines.clear()
+        bench = shop.bench(f"{loss}{count}")
+        options = replace(OPTIONS, grpo=replace(GRPO, steps=1, tasks=count, loss=loss))
+        reason.run(options, tasks(count), Toy(bench, varied_by_task(["t0"])), bench)
+        grad[count] = shop.notes.lines[0][2]["grad_norm"]
+    assert shop.notes.lines[0][2]["groups_with_signal"] == 0.5
+    assert shop.notes.lines[0][2].get("groups_kept") == (1.0 if loss == "dapo" else None)
+    assert grad[1] / grad[2] == pytest.approx(divides_by, rel=1e-3)
+
+
+def test_dynamic_sampling_draws_further_tasks_in_place_of_groups_without_signal(shop: Shop) -> None:
+    bench = shop.bench()
+    asked = tasks(6)
+    plan = batches(6, 2, 1.0, derive(bench.seed, "grpo"))
+    first, second, third = ([f"t{i}" for i in batch] for batch in plan)
+    options = replace(OPTIONS, grpo=replace(GRPO, steps=1, loss="dapo", refills=2))
+    toy = Toy(bench, varied_by_task([first[0], *second]))
+    reason.run(options, asked, toy, bench)
+    assert [names for names, *_ in toy.calls] == [first, second]  # two groups with signal were found: no third draw
+    assert len({seed for _, _, seed, _ in toy.calls}) == 2
+    metrics = shop.notes.lines[0][2]
+    assert (metrics["groups_with_signal"], metrics["groups_kept"]) == (0.75, 2.0)
+    toy = Toy(shop.bench("none"), varied_by_task([third[0]]))
+    reason.run(options, asked, toy, toy.bench)
+    assert len(toy.calls) == 3 and shop.notes.lines[-1][2]["groups_kept"] == 1.0  # the refills are bounded
+    with pytest.raises(DataError, match="give at least 6"):
+        reason.run(options, tasks(5), toy, shop.bench("few"))
+
+
+def test_dynamic_sampling_keeps_a_group_that_its_demonstration_alone_makes_teach(shop: Shop) -> None:
+    bench = shop.bench()
+    toy = Toy(bench, lambda episode: Judgement(False, 0.0))
+    options = replace(OPTIONS, grpo=replace(GRPO, steps=1, loss="luffy", refills=1))
+    reason.run(options, demonstrated(4), toy, bench, show=shown_digits(bench))
+    assert len(toy.calls) == 1 and shop.notes.lines[0][2]["groups_kept"] == 2.0
+
+
+def test_an_overlong_answer_is_rewarded_less() -> None:
+    options = replace(GRPO, max_len=120, overlong=20)
+    turns = [
+        Turn(0, (1,) * n, (0.0,) * n, (0.0,) * n, (False,) * n, Message("assistant"), StopReason.LENGTH) for n in (100, 110, 121)
+    ]
+    played: Played = [
+        (Episode("t", None, "task", (), (turn,), (), turn.stop, ()), Judgement(True, 1.0) if turn is not turns[0] else None)
+        for turn in turns
+    ]
+    rewards = rewards_of(options, played)
+    assert bool(rewards[0].isnan()) and rewards[1:].tolist() == pytest.approx([0.5, 0.0])
+    assert rewards_of(replace(options, overlong=0), played)[1:].tolist() == [1.0, 1.0]
+    with pytest.raises(RecipeError, match="more than max_len"):
+        build(ReasonOptions, {"grpo": {"overlong": 200}}, "stages.reason.options")
+
+
+def test_each_loss_has_a_form_and_a_clip_range_of_its_own_that_may_be_changed() -> None:
+    assert GrpoOptions().loss_name == "grpo" and GrpoOptions(advantage="centred").loss_name == "dr_grpo"
+    forms = {loss: GrpoOptions(loss=loss).advantage_name for loss in LOSSES}
+    assert forms == {"grpo": "grpo", "dr_grpo": "centred", "dapo": "grpo", "gspo": "grpo", "luffy": "centred"}
+    assert GrpoOptions(loss="dr_grpo", advantage="grpo").advantage_name == "grpo"
     clips = {loss: GrpoOptions(loss=loss).clip for loss in ("grpo", "dapo", "gspo")}
     assert clips == {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
     assert GrpoOptions(loss="dapo", eps_low=0.1).clip == (0.1, 0.28)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from posttrain.agents.demonstration import play_demonstration
+from posttrain.agents.demonstration import assistant_turns, play_demonstration
 from posttrain.agents.guard import Guard
 from posttrain.agents.world import World, load_world
 from posttrain.contract import Contract, preflight
 from posttrain.contract.rendering import Renderer
+from posttrain.data.records import Episode, Task
 from posttrain.errors import DataError, RecipeError, StorageError, nearest_of
 from posttrain.evaluation import Suite
 from posttrain.evaluation.gate import asked
@@ -202,23 +203,45 @@ def check_material(stage: StageRecipe, material: Material, renderer: Renderer, c
 
 
 def check_demonstrations(stage: StageRecipe, material: Material, contract: Contract, world: World) -> None:
-    """Raise RecipeError when a stage is to learn from demonstrations and no task has one, and DataError for one that its own task's
-    verifier does not pass."""
+    """Raise RecipeError when a half of a stage is to learn from demonstrations and none of its tasks has one, DataError for one that
+    its own task's verifier does not pass or that goes on after its episode ended, and what `preflight` raises."""
     options = stage_options(stage)
-    if not isinstance(options, ReasonOptions) or not options.demonstrated:
+    if not isinstance(options, ReasonOptions):
         return
-    shown = [task for task in material.tasks if task.demonstration]
-    if not shown:
-        key, value = ("collect.demonstrate", True) if options.collect.demonstrate else ("grpo.loss", options.grpo.named)
-        remedy = "give the tasks one, or leave it out"
-        raise RecipeError("no task has a demonstration", where=f"stages.{stage.name}.options.{key}", value=value, remedy=remedy)
-    guard = Guard.of(world)
-    for task in shown:
-        _, judgement = play_demonstration(task, contract=contract, world=world, guard=guard)
-        if judgement is None or not judgement.passed:
-            failed = judgement.failed if judgement else ["no judgement"]
-            raise DataError(
-                f"its verifier does not pass it: {'; '.join(failed) or 'failed'}",
-                where=f"{stage.data.path or world.name}: task {task.id}: demonstration",
-                remedy="correct the demonstration, or what the task expects",
+    source = str(stage.data.path or world.name)
+    for key, tasks in options.demonstrating(material.tasks).items():
+        shown = [task for task in tasks if task.demonstration]
+        if not shown:
+            raise RecipeError(
+                f"none of its {len(tasks)} tasks has a demonstration",
+                where=f"stages.{stage.name}.options.{key}",
+                value=True if key.endswith("demonstrate") else options.grpo.loss_name,
+                remedy="give the tasks one, or leave it out",
             )
+        guard = Guard.of(world)
+        episodes = [(task, _demonstrated(task, contract, world, guard, source)) for task in shown]
+        preflight(
+            [(f"{source}: {task.id}: demonstration", contract.render_episode(episode)) for task, episode in episodes],
+            max_tokens=options.max_tokens,
+            end_of_turn=contract.end_of_turn,
+        )
+
+
+def _demonstrated(task: Task, contract: Contract, world: World, guard: Guard, source: str) -> Episode:
+    episode, judgement = play_demonstration(task, contract=contract, world=world, guard=guard)
+    where = f"{source}: task {task.id}: demonstration"
+    played, turns = len(episode.turns), len(assistant_turns(task))
+    if played < turns:
+        raise DataError(
+            f"its episode ends ({episode.stop}) after turn {played} of {turns}: the rest would never be learned",
+            where=where,
+            remedy="end it with one answer, within the task's max_turns",
+        )
+    if judgement is None or not judgement.passed:
+        failed = judgement.failed if judgement else ["no judgement"]
+        raise DataError(
+            f"its verifier does not pass it: {'; '.join(failed) or 'failed'}",
+            where=where,
+            remedy="correct the demonstration, or what the task expects",
+        )
+    return episode

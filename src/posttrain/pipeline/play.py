@@ -13,7 +13,7 @@ from posttrain.pipeline.runtime import Runtime
 from posttrain.training import team
 from posttrain.verifying.judgement import Judgement
 
-Played = tuple[Task, Episode, Judgement | None]
+PlayedTask = tuple[Task, Episode, Judgement | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Player:
 
     def play(
         self, tasks: Sequence[Task], options: RolloutOptions, adapter_for: Callable[[Task], str | None], seed: int
-    ) -> list[Played]:
+    ) -> list[PlayedTask]:
         """`options.copies` judged episodes of each task, in order; the judgement is None where the verifier could not judge."""
         with self.console.progress("episodes", len(tasks) * options.copies) as advance:
             judged = run_judged(
@@ -38,9 +38,11 @@ class Player:
         return [(task, episode, judgement) for task, (episode, judgement) in zip(owners, judged, strict=True)]
 
     def show(self, tasks: Sequence[Task]) -> list[tuple[Episode, Judgement | None]]:
-        """Each task's demonstration, played and judged."""
-        guard = Guard.of(self.world)
-        return [play_demonstration(task, contract=self.runtime.contract, world=self.world, guard=guard) for task in tasks]
+        """Each task's demonstration, played and judged; of several processes each plays a share and all get every episode."""
+        guard, contract = Guard.of(self.world), self.runtime.contract
+        return team().joined(
+            [play_demonstration(task, contract=contract, world=self.world, guard=guard) for task in team().split(tasks)]
+        )
 
     def draw(
         self, tasks: Sequence[Task], copies: int, seed: int, adapter: str | None, temperature: float

@@ -12,7 +12,8 @@ from posttrain.policy.policy import LoraOptions
 from posttrain.ranges import Count, Positive, Whole
 from posttrain.stages import sft
 from posttrain.stages.bench import Workbench, derive
-from posttrain.stages.rollouts import GrpoOptions, Play, Played, Show, improve, pass_share, passes
+from posttrain.stages.policy_gradient import GrpoOptions, Played
+from posttrain.stages.rollouts import Play, Show, improve, pass_share, passes
 from posttrain.training import OptimiserOptions
 
 
@@ -35,8 +36,9 @@ class CollectOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReasonOptions:
-    """Either half may be switched off, by `collect.tasks: 0` or `grpo.steps: 0`. temperature is the samples'; the loss is on the
-    untempered distribution, so with another value than 1 the first update is slightly off-policy and the ratio corrects for it."""
+    """Either half may be switched off, by `collect.tasks: 0` or `grpo.steps: 0`. temperature is the samples'; the losses are of the
+    untempered distribution, so with another value than 1 the samples of GRPO are off-policy and nothing corrects for it. max_tokens:
+    the longest sequence to learn from."""
 
     adapter: LoraOptions = field(default_factory=LoraOptions)
     collect: CollectOptions = field(default_factory=CollectOptions)
@@ -44,15 +46,20 @@ class ReasonOptions:
     max_tokens: Count = 1024
     temperature: Positive = 1.0
 
-    @property
-    def demonstrated(self) -> bool:
-        """Whether any of it learns from demonstrations."""
-        return (self.collect.demonstrate and self.collect.tasks > 0) or (self.grpo.named == "luffy" and self.grpo.steps > 0)
+    def demonstrating(self, tasks: Sequence[Task]) -> dict[str, Sequence[Task]]:
+        """The tasks of each half that learns from demonstrations, by the option that asks for it."""
+        first = self.collect.tasks
+        halves: dict[str, Sequence[Task]] = {}
+        if self.collect.demonstrate and first:
+            halves["collect.demonstrate"] = tasks[:first]
+        if self.grpo.loss_name == "luffy" and self.grpo.steps:
+            halves["grpo.loss"] = tasks[first:]
+        return halves
 
 
 def check_tasks(options: ReasonOptions, tasks: Sequence[Task], where: str = "reason.data") -> None:
     """Raise DataError when the options need more tasks than there are: no task is played twice."""
-    needed = options.collect.tasks + options.grpo.steps * options.grpo.tasks
+    needed = options.collect.tasks + options.grpo.needed
     if len(tasks) < needed:
         raise DataError("too few tasks for the options", where=where, value=len(tasks), remedy=f"give at least {needed}")
 
@@ -90,7 +97,9 @@ def collect(
     unsolved = [index for index, group in enumerate(groups) if not any(passes(judgement) for _, judgement in group)]
     kept = [_chosen(options, group) for group in groups]
     demonstrated: list[int] = []
-    if options.demonstrate and show is not None:
+    if options.demonstrate:
+        if show is None:
+            raise ValueError("collect.demonstrate needs `show`, which plays demonstrations")
         demonstrated = [index for index in unsolved if tasks[index].demonstration]
         for index, (episode, judgement) in zip(demonstrated, show([tasks[i] for i in demonstrated]), strict=True):
             kept[index] = [episode] if passes(judgement) else []
