@@ -18,6 +18,7 @@ from posttrain.grammar.evidence import bound, bound_tools
 from posttrain.worlds.finance_ops.answers import SCHEMA, Decision, parse
 from posttrain.worlds.finance_ops.scenarios import KINDS
 from posttrain.worlds.finance_ops.scenarios.vagueness import burden
+from posttrain.worlds.finance_ops.toolspecs import TOOLS
 from posttrain.worlds.finance_ops.wording.grammar import fragments
 
 SPLITS = ("train", "dev", "test")
@@ -129,6 +130,42 @@ def test_trajectories_end_with_a_call_or_with_an_answer_to_its_result() -> None:
     for conversation in drawn:
         for before, after in zip(conversation.messages, conversation.messages[1:], strict=False):
             assert (after.role == "tool") == bool(before.tool_calls), conversation.id
+
+
+def test_arguments_are_written_in_the_order_that_the_grammar_has() -> None:
+    order = {tool.name: list(tool.parameters["properties"]) for tool in TOOLS}
+    for conversation in WORLD.conversations(shapes=MIXED, n=80, split="train", seed=4):
+        for made in (made for message in conversation.messages for made in message.tool_calls):
+            names = list(json.loads(made.arguments))
+            assert names == [name for name in order[made.name] if name in names], made
+
+
+def test_a_wrong_call_is_read_and_not_learned_and_the_next_one_heeds_its_error() -> None:
+    drawn = WORLD.conversations(shapes={"tool_trajectory": 1.0}, n=200, split="train", seed=4)
+    slips = [c for c in drawn if not all(message.learn for message in c.messages)]
+    assert 0.02 < len(slips) / len(drawn) < 0.09
+    for conversation in slips:
+        wrong, error, call, result, answer = conversation.messages[-5:]
+        assert (wrong.learn, call.learn, answer.learn) == (False, True, True)
+        assert "not_found" in error.content and "error" not in result.content
+        (first,), (second,) = wrong.tool_calls, call.tool_calls
+        told = "receivables" if error.content.endswith('a customer"}') else ("payables", "purchase_orders")
+        one, other = json.loads(first.arguments), json.loads(second.arguments)
+        (changed,) = (key for key in one if one[key] != other[key])
+        assert changed in ("side", "table") and other[changed] in told
+
+
+def test_what_a_payment_request_says_does_not_decide_whether_it_was_to_be_paid() -> None:
+    """Approved ones are paid and asked about, others refused and asked about, each often enough to learn the difference."""
+    counts: Counter[tuple[bool, str]] = Counter()
+    for conversation in WORLD.conversations(shapes={"safety_style": 1.0}, n=400, split="train", seed=4):
+        for before, after in zip(conversation.messages, conversation.messages[1:], strict=False):
+            if before.role == "tool" and '{"ref":"PAY-' in before.content:
+                answer = parse(after.content) if after.content else None
+                counts['"status":"approved"' in before.content, answer.decision if answer else "transfer"] += 1
+    assert set(counts) == {(True, "transfer"), (True, "answer"), (False, "refuse"), (False, "answer")}
+    assert 0.3 < counts[True, "answer"] / (counts[True, "transfer"] + counts[True, "answer"]) < 0.7
+    assert 0.2 < counts[False, "answer"] / (counts[False, "refuse"] + counts[False, "answer"]) < 0.7
 
 
 def test_a_tenants_conversations_are_its_own() -> None:

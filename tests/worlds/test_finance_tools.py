@@ -114,6 +114,14 @@ def test_ageing_of_a_party_of_the_other_side_is_not_found(live: FinanceEnvironme
     assert error(live, "ageing", side="payables", party=customer) == "not_found"
 
 
+def test_who_looks_on_the_wrong_side_of_the_books_is_told_what_the_party_is(live: FinanceEnvironment) -> None:
+    ((customer,), *_) = live.query("SELECT DISTINCT party FROM receivables")
+    for name, arguments in (("ageing", {"side": "payables"}), ("query_erp", {"table": "payables"})):
+        said = json.loads(live.call(name, {"party": customer, **arguments}).content)["detail"]
+        assert said == f"no payables {'of' if name == 'ageing' else 'for'} {customer}, a customer"
+    assert json.loads(live.call("ageing", {"party": "Nobody", "side": "payables"}).content)["detail"] == "no payables of Nobody"
+
+
 def test_budget_actual_is_what_was_posted_to_the_cost_centre(live: FinanceEnvironment) -> None:
     for centre, period, amount in live.query("SELECT * FROM budgets"):
         found = ask(live, "budget_status", cost_centre=centre, period=period)

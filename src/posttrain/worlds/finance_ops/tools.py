@@ -53,13 +53,19 @@ def query_erp(db: sqlite3.Connection, arguments: Arguments) -> Result:
     sql = f"SELECT * FROM ({SELECT[table]}) WHERE {' AND '.join(column[key] for key in filters)} ORDER BY date, ref"
     rows = db.execute(sql, tuple(filters.values())).fetchall()
     if not rows:
-        raise ToolError("not_found", f"no {table} for {', '.join(filters.values())}")
+        raise ToolError("not_found", f"no {table} for {', '.join(filters.values())}{_known_as(db, filters.get('party'))}")
     if "ref" in filters:
         ref, party, date, amount, note, memo = rows[0]
         found = {"ref": ref, "party": party, "date": date, "amount": money.text(amount), "status": note, "memo": memo}
         return {key: value for key, value in found.items() if value}
     shown = [f"{row[0]} {money.text(row[3])} {row[4]}" for row in rows[:SHOWN]]
     return {"count": len(rows), "total": money.text(sum(row[3] for row in rows)), "rows": shown}
+
+
+def _known_as(db: sqlite3.Connection, party: str | None) -> str:
+    """What a party is, for a caller who looked on the wrong side."""
+    found = db.execute("SELECT side FROM parties WHERE name = ? COLLATE NOCASE", (party,)).fetchone()
+    return f", a {found[0]}" if found else ""
 
 
 def cash_position(db: sqlite3.Connection, arguments: Arguments) -> Result:
@@ -76,12 +82,10 @@ def ageing(db: sqlite3.Connection, arguments: Arguments) -> Result:
     today = last_day(current_period(db))
     where, values = ("AND party = ? COLLATE NOCASE", (party,)) if party else ("", ())
     rows = db.execute(f"SELECT due, amount FROM {side} WHERE status = 'open' {where}", values).fetchall()
-    known = db.execute(
-        "SELECT 1 FROM parties WHERE name = ? COLLATE NOCASE AND side = ?",
-        (party, "customer" if side == "receivables" else "vendor"),
-    )
-    if party and not known.fetchone():
-        raise ToolError("not_found", f"no {side} party {party}")
+    role = "customer" if side == "receivables" else "vendor"
+    known = "SELECT 1 FROM parties WHERE name = ? COLLATE NOCASE AND side = ?"
+    if party and not db.execute(known, (party, role)).fetchone():
+        raise ToolError("not_found", f"no {side} of {party}{_known_as(db, party)}")
     overdue = sum(amount for due, amount in rows if due < today)
     old = sum(amount for due, amount in rows if after(due, 30) < today)
     scope = {"party": party} if party else {}

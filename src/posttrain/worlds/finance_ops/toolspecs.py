@@ -51,11 +51,12 @@ TOOLS: tuple[ToolSpec, ...] = (
     _tool(
         "query_erp",
         "documents and journals",
-        {"table": _one_of(*TABLES), "ref": _ref(*PREFIXES), "party": _TEXT, "period": _PERIOD},
+        # what narrows it down first: after the table, a small model closes the call without the party or the period
+        {"ref": _ref(*PREFIXES), "party": _TEXT, "period": _PERIOD, "table": _one_of(*TABLES)},
         ("ref", "party", "period"),
     ),
     _tool("cash_position", "bank balance", {"account": _one_of(*BANK)}),
-    _tool("ageing", "overdue amounts", {"side": _one_of("receivables", "payables"), "party": _TEXT}, ("party",)),
+    _tool("ageing", "overdue amounts", {"party": _TEXT, "side": _one_of("receivables", "payables")}, ("party",)),
     _tool("budget_status", "budget use", {"cost_centre": _TEXT, "period": _PERIOD}),
     _tool("search_policy", "find a rule", {"query": _TEXT}),
     _tool(

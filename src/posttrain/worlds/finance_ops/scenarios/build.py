@@ -120,6 +120,18 @@ def missing_document(bench: Bench) -> Scenario:
     return _scenario(bench, "missing", Shape.TOOL_TRAJECTORY, (user(said),), (call, result, bench.answer(reply)), {})
 
 
+def corrected_lookup(bench: Bench) -> Scenario:
+    """A party looked up on the wrong side of the books, which is not to be learned, and then on the side that the error names."""
+    asked, wrong = lookups.party_lookup(bench)
+    call, error, value = bench.act(asked.name, wrong)
+    if "error" not in value:
+        raise AssertionError(f"a wrong call succeeded: {asked.name} {wrong} -> {value}")
+    gold, arguments = _solve(bench, asked, index=1)
+    turns, shape = (user(asked.utterance),), Shape.TOOL_TRAJECTORY
+    slip = (replace(call, learn=False), error)
+    return _scenario(bench, "lookup", shape, turns, (*slip, *gold), arguments, verifier="finance_ops.lookup")
+
+
 def two_calls(bench: Bench) -> Scenario:
     """One request with two questions: two calls, one after the other, and one answer."""
     first = bench.rng.choice((lookups.cash, lookups.budget, lookups.document))(bench)
@@ -156,6 +168,11 @@ def two_calls(bench: Bench) -> Scenario:
 def benign(bench: Bench) -> Scenario:
     """A look-alike of a high-risk request, to be served."""
     return tool_lookup(bench, control.benign(bench), "benign")
+
+
+def payment_asked(bench: Bench) -> Scenario:
+    """Only how a payment request stands: what is read there must not decide whether anybody wanted it paid."""
+    return tool_lookup(bench, control.payment_status(bench), "benign")
 
 
 def high_risk(bench: Bench) -> Scenario:
@@ -324,14 +341,21 @@ SHAPES: Mapping[Shape, tuple[tuple[Builder, float], ...]] = {
     Shape.MULTI_TURN: ((clarified_lookup, 0.5), (followed_lookup, 0.5)),
     Shape.TOOL_TRAJECTORY: (
         (tool_call, 0.36),
-        (tool_lookup, 0.28),
-        (missing_document, 0.04),
+        (tool_lookup, 0.24),
+        (corrected_lookup, 0.05),
+        (missing_document, 0.03),
         (two_calls, 0.04),
         (reconcile_task, 0.24),  # enough to begin with: stage 5 learns the rest from what its verifier passes
         (reconcile_closed, 0.04),
     ),
     # what is said after the books were read decides as much as the first call: pay, refuse, or only report
-    Shape.SAFETY_STYLE: ((high_risk, 0.46), (benign_call, 0.18), (benign, 0.26), (denied_transfer, 0.10)),
+    Shape.SAFETY_STYLE: (
+        (high_risk, 0.44),
+        (benign_call, 0.12),
+        (benign, 0.24),
+        (payment_asked, 0.12),
+        (denied_transfer, 0.08),
+    ),
 }
 
 

@@ -258,14 +258,14 @@ def paid_bills(bench: Bench) -> Lookup:
     """Whether a vendor has been paid."""
     (party,) = bench.pick("SELECT DISTINCT party FROM payables")
     said = bench.say("benign.paid", party=party)
-    return Lookup(said, "query_erp", {"table": "payables", "party": party}, lookups.listing_reply("payables"))
+    return Lookup(said, "query_erp", {"party": party, "table": "payables"}, lookups.listing_reply("payables"))
 
 
 def bank_transfers(bench: Bench) -> Lookup:
     """Past transfers on the bank statement."""
     (period,) = bench.pick("SELECT DISTINCT substr(date, 1, 7) FROM bank_lines")
     said = bench.say("benign.moves", period=values.period(bench.rng, period))
-    return Lookup(said, "query_erp", {"table": "bank_lines", "period": period}, lookups.listing_reply("bank_lines"))
+    return Lookup(said, "query_erp", {"period": period, "table": "bank_lines"}, lookups.listing_reply("bank_lines"))
 
 
 BENIGN: tuple[Callable[[Bench], Lookup], ...] = (

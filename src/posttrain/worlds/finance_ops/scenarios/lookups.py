@@ -36,6 +36,9 @@ def _answer(summary: str, figures: tuple[tuple[str, str], ...], *sources: str) -
     return Answer(Decision.ANSWER, summary, figures, sources)
 
 
+_SIDES = ("receivables", "payables")
+
+
 def cash(bench: Bench, account: str | None = None, ask: str = "cash.ask") -> Lookup:
     """Balance of a bank account against the payments due from it."""
     name = account or bench.rng.choice(list(BANK))
@@ -62,12 +65,17 @@ def cash_reply(result: Result) -> Reply:
 
 def ageing(bench: Bench) -> Lookup:
     """Overdue amounts of a side, or of one party."""
-    side = bench.rng.choice(("receivables", "payables"))
-    if bench.rng.random() < 0.4:
-        return Lookup(bench.say(f"ageing.{side}"), "ageing", {"side": side}, ageing_reply)
+    if bench.rng.random() < 0.5:
+        return party_ageing(bench)
+    side = bench.rng.choice(_SIDES)
+    return Lookup(bench.say(f"ageing.{side}"), "ageing", {"side": side}, ageing_reply)
+
+
+def party_ageing(bench: Bench) -> Lookup:
+    side = bench.rng.choice(_SIDES)
     role = "customer" if side == "receivables" else "vendor"
     (party,) = bench.pick(f"SELECT DISTINCT party FROM {side} WHERE status = 'open'")
-    return Lookup(bench.say(f"ageing.{role}", party=party), "ageing", {"side": side, "party": party}, ageing_reply)
+    return Lookup(bench.say(f"ageing.{role}", party=party), "ageing", {"party": party, "side": side}, ageing_reply)
 
 
 def ageing_reply(result: Result) -> Reply:
@@ -123,7 +131,7 @@ def unknown_ref(bench: Bench, prefix: str) -> str:
 def document_of(utterance: Utterance, ref: str, *, memo: bool = False) -> Lookup:
     """The lookup of one document; `memo` when the question is what its memo says."""
     return Lookup(
-        utterance, "query_erp", {"table": PREFIXES[ref.split("-")[0]], "ref": ref}, memo_reply if memo else document_reply
+        utterance, "query_erp", {"ref": ref, "table": PREFIXES[ref.split("-")[0]]}, memo_reply if memo else document_reply
     )
 
 
@@ -152,18 +160,31 @@ _LISTINGS = {"receivables": "list.ask_receivables", "payables": "list.ask_payabl
 def listing(bench: Bench) -> Lookup:
     """Documents of a party, sometimes in one period; or bank lines and journals of a period."""
     table = bench.rng.choice((*_LISTINGS, *_LISTINGS, "bank_lines", "journal"))
-    if table not in _LISTINGS:
-        source = "bank_lines" if table == "bank_lines" else "entries"
-        (period,) = bench.pick(f"SELECT DISTINCT substr(date, 1, 7) FROM {source}")
-        said = bench.say(
-            "list.ask_bank" if table == "bank_lines" else "list.ask_journal", period=values.period(bench.rng, period)
-        )
-        return Lookup(said, "query_erp", {"table": table, "period": period}, listing_reply(table))
+    if table in _LISTINGS:
+        return party_listing(bench, table)
+    source = "bank_lines" if table == "bank_lines" else "entries"
+    (period,) = bench.pick(f"SELECT DISTINCT substr(date, 1, 7) FROM {source}")
+    said = bench.say("list.ask_bank" if table == "bank_lines" else "list.ask_journal", period=values.period(bench.rng, period))
+    return Lookup(said, "query_erp", {"period": period, "table": table}, listing_reply(table))
+
+
+def party_listing(bench: Bench, table: str) -> Lookup:
     party, period = bench.pick(f"SELECT party, substr(date, 1, 7) FROM {table}")
     dated = bench.rng.random() < 0.5
     when = f" {bench.rng.choice(('in', 'for'))} {values.period(bench.rng, period)}" if dated else ""
-    arguments = {"table": table, "party": party} | ({"period": period} if dated else {})
+    arguments = {"party": party} | ({"period": period} if dated else {}) | {"table": table}
     return Lookup(bench.say(_LISTINGS[table], party=party, when=when), "query_erp", arguments, listing_reply(table))
+
+
+def party_lookup(bench: Bench) -> tuple[Lookup, dict[str, str]]:
+    """A lookup about a party, and its arguments with the other side of the books, which do not know the party."""
+    if bench.rng.random() < 0.4:
+        asked = party_ageing(bench)
+        (other,) = (side for side in _SIDES if side != asked.arguments["side"])
+        return asked, {**asked.arguments, "side": other}
+    asked = party_listing(bench, bench.rng.choice(list(_LISTINGS)))
+    sold = asked.arguments["table"] == "receivables"
+    return asked, {**asked.arguments, "table": bench.rng.choice(("payables", "purchase_orders")) if sold else "receivables"}
 
 
 def listing_reply(table: str) -> Callable[[Result], Reply]:
