@@ -85,6 +85,10 @@ def test_numbers_words_and_booleans_are_read_as_written(tmp_path: Path) -> None:
         ("{targets: [{metric: tool_success}], confidence: .nan}", ("confidence",)),
         ("{targets: [{metric: tool_success}], guardrails: [{metric: high_risk_refusal}]}", ("guardrails[0]", "guards nothing")),
         (
+            "{targets: [{metric: tool_success}], guardrails: [{metric: high_risk_refusal, max_drop: 3, at_least: 0}]}",
+            ("guardrails[0]", "between 0 and 1", "'max_drop': 3", "0.05"),
+        ),
+        (
             "{targets: [{metric: tool_success}], guardrails: [{metric: truncated, max_drop: -0.1}]}",
             ("guardrails[0].max_drop", "-0.1"),
         ),

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from posttrain.errors import DataError, RecipeError, nearest_of
-from posttrain.evaluation.scorecard import METRICS, SUITE_METRICS, Direction, Metric, Scorecard
+from posttrain.evaluation.scorecard import METRICS, SHARES, SUITE_METRICS, Direction, Metric, Scorecard
 from posttrain.evaluation.statistics import Interval, at_confidence, interval, is_share, paired_difference, unpaired_difference
 from posttrain.evaluation.verdict import Check, Outcome, Verdict
 
@@ -121,7 +121,20 @@ def _check_rules(policy: GatePolicy, where: str) -> None:
                 value=rule.metric,
                 remedy="give max_drop, at_least or at_most",
             )
+        if isinstance(rule, Guardrail) and rule.metric in SHARES and _always_holds(rule):
+            raise RecipeError(
+                f"{rule.metric} lies between 0 and 1: within these limits it guards nothing",
+                where=place,
+                value={name: limit for name, limit in limits.items() if limit is not None},
+                remedy="five points are 0.05",
+            )
         _check_direction(rule, place)
+
+
+def _always_holds(rule: Guardrail) -> bool:
+    """Whether no share could breach the rule."""
+    falls = rule.max_drop is not None and rule.max_drop < 1
+    return not falls and (rule.at_least is None or rule.at_least <= 0) and (rule.at_most is None or rule.at_most >= 1)
 
 
 def _check_direction(rule: Target | Guardrail, where: str) -> None:

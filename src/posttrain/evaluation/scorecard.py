@@ -19,6 +19,7 @@ TASK_METRICS: Mapping[str, Direction | None] = {
 # of the whole suite only (pipeline/measure.py):
 SUITE_METRICS: Mapping[str, Direction | None] = {"kl_to_parent": "down", "latency_s": "down", "latency_ratio": "down"}
 METRICS: Mapping[str, Direction | None] = {**TASK_METRICS, **SUITE_METRICS}
+SHARES = frozenset(METRICS) - {"mean_length", "episode_s", *SUITE_METRICS}  # from 0 to 1
 
 
 @dataclass(frozen=True, slots=True)
