@@ -116,6 +116,9 @@ class FakeModel:
         return None if release_id in self.dense else self.name(release_id)
 
 
+METRICS_KEY = "metrics-key"
+
+
 @dataclass
 class House:
     """Everything a test may reach: two served tenants with one release and one key each."""
@@ -165,7 +168,7 @@ class House:
 
 @contextmanager
 def running(house: House) -> Iterator[House]:
-    web = server(build_app(house.engine, house.router, house.audit, house.limits), port=0)
+    web = server(build_app(house.engine, house.router, house.audit, house.limits, METRICS_KEY), port=0)
     thread = threading.Thread(target=web.run, daemon=True)
     thread.start()
     while not web.started:

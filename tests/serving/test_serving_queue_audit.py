@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from serving_house import House, echo, running
+from serving_house import METRICS_KEY, House, echo, running
 
 from posttrain.data.records import Message
 from posttrain.errors import DataError, PosttrainError, StorageError
@@ -304,7 +304,7 @@ def test_metrics_count_requests_tokens_and_time(house: House) -> None:
     house.say("Hi")
     with pytest.raises(openai.NotFoundError):
         house.say(model="nothing")
-    page = httpx.get(f"{house.url}/metrics")
+    page = httpx.get(f"{house.url}/metrics", headers={"authorization": f"Bearer {METRICS_KEY}"})
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     lines = dict(line.rsplit(" ", 1) for line in page.text.splitlines() if not line.startswith("#"))
     assert lines['posttrain_requests_total{tenant="bank_A",decision="served"}'] == "1"
@@ -312,6 +312,17 @@ def test_metrics_count_requests_tokens_and_time(house: House) -> None:
     assert lines['posttrain_tokens_total{tenant="bank_A",kind="prompt"}'] == "1"
     assert lines['posttrain_request_seconds_bucket{le="+Inf"}'] == lines["posttrain_request_seconds_count"] == "2"
     assert lines["posttrain_waiting_requests"] == "0"
+
+
+def test_who_is_served_and_how_much_is_shown_to_the_metrics_key_alone(house: House) -> None:
+    house.say("Hi")
+    house.say("Hi", "retail_B")
+    page = httpx.get(f"{house.url}/metrics").text
+    assert "bank_A" not in page and "retail_B" not in page
+    assert 'posttrain_requests_total{decision="served"} 2' in page.splitlines()
+    for key in (house.keys["bank_A"], "wrong"):
+        refused = httpx.get(f"{house.url}/metrics", headers={"authorization": f"Bearer {key}"})
+        assert refused.status_code == 401 and "bank_A" not in refused.text
 
 
 def test_health_answers_without_a_key(house: House) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -75,10 +76,12 @@ def _by_weights(channels: Channels) -> list[list[str]]:
 def application(
     registry: Registry, channels: Channels, base: str, cache: Path, keys: Path, audit: Path, device: torch.device | None = None
 ) -> Starlette:
-    """The ready ASGI application. A missing key file is an error: keys are issued on purpose, never by default."""
+    """The ready ASGI application. A missing key file is an error: keys are issued on purpose, never by default. The key of the
+    metrics by tenant is POSTTRAIN_METRICS_KEY of the environment."""
     model = load_served(registry, channels, base, cache, device)
     engine = ContractEngine(model.runtime.contract, model.runtime.sampler, model.runtime.policy.context)
-    return build_app(engine, Router(channels, AccessFile(keys), model), Audit(audit))
+    router = Router(channels, AccessFile(keys), model)
+    return build_app(engine, router, Audit(audit), metrics_key=os.environ.get("POSTTRAIN_METRICS_KEY"))
 
 
 def ensure_keys(path: Path, channels: Channels) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -36,9 +37,13 @@ _log = logging.getLogger(__name__)
 _PREPARING = 4  # requests rendered at once, beside the model: a long text takes a second
 
 
-def build_app(engine: Engine, router: Router, audit: Audit, limits: Limits | None = None) -> Starlette:
-    """The application. The engine's streams and the router's model are touched by one thread only, between start-up and shut-down."""
-    service = _Service(engine, router, audit, limits or Limits())
+def build_app(
+    engine: Engine, router: Router, audit: Audit, limits: Limits | None = None, metrics_key: str | None = None
+) -> Starlette:
+    """The application. The engine's streams and the router's model are touched by one thread only, between start-up and shut-down.
+    metrics_key: with it `/metrics` counts tenant by tenant, without it over all of them: who else is served, and how much, is no
+    tenant's business."""
+    service = _Service(engine, router, audit, limits or Limits(), metrics_key)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -72,8 +77,8 @@ def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
 class _Service:
     """What the routes share."""
 
-    def __init__(self, engine: Engine, router: Router, audit: Audit, limits: Limits) -> None:
-        self.engine, self.router, self.audit, self.limits = engine, router, audit, limits
+    def __init__(self, engine: Engine, router: Router, audit: Audit, limits: Limits, metrics_key: str | None) -> None:
+        self.engine, self.router, self.audit, self.limits, self.metrics_key = engine, router, audit, limits, metrics_key
         self.batcher: Batcher[Prepared, Completion] = Batcher(engine, limits)
         self.metrics = Metrics()
         self._preparing = asyncio.Semaphore(_PREPARING)
@@ -118,8 +123,13 @@ class _Service:
         alive = self.batcher.alive
         return JSONResponse({"status": "ok" if alive else "stopped", "waiting": self.batcher.waiting}, 200 if alive else 503)
 
-    async def metrics_page(self, _request: Request) -> Response:
-        return PlainTextResponse(self.metrics.text(self.batcher.waiting), media_type="text/plain; version=0.0.4")
+    async def metrics_page(self, request: Request) -> Response:
+        """Counters, tenant by tenant for who holds the metrics key. 401 for any other key."""
+        given = _bearer(request)
+        if given is not None and not (self.metrics_key and hmac.compare_digest(given.encode(), self.metrics_key.encode())):
+            return _error(Failure(401, "authentication_error", "invalid_api_key", "not the key of these metrics"))
+        page = self.metrics.text(self.batcher.waiting, by_tenant=given is not None)
+        return PlainTextResponse(page, media_type="text/plain; version=0.0.4")
 
     # -- one chat request ----------------------------------------------------------------------------------------------
 

@@ -29,19 +29,17 @@ class Metrics:
         for index, bound in enumerate(_BUCKETS):
             self._buckets[index] += seconds <= bound
 
-    def text(self, waiting: int) -> str:
-        """The page; `waiting` is the queue's present length."""
-        return "\n".join(self._lines(waiting)) + "\n"
+    def text(self, waiting: int, *, by_tenant: bool) -> str:
+        """The page, with a label for the tenant or over all of them; `waiting` is the queue's present length."""
+        return "\n".join(self._lines(waiting, by_tenant)) + "\n"
 
-    def _lines(self, waiting: int) -> Iterator[str]:
-        yield "# HELP posttrain_requests_total Requests by tenant and decision."
+    def _lines(self, waiting: int, by_tenant: bool) -> Iterator[str]:
+        yield "# HELP posttrain_requests_total Requests by decision, and by tenant for who holds the metrics key."
         yield "# TYPE posttrain_requests_total counter"
-        for (tenant, decision), count in sorted(self._requests.items()):
-            yield f'posttrain_requests_total{{tenant="{_escaped(tenant)}",decision="{decision}"}} {count}'
-        yield "# HELP posttrain_tokens_total Tokens read and written, by tenant."
+        yield from _counts("posttrain_requests_total", "decision", self._requests, by_tenant)
+        yield "# HELP posttrain_tokens_total Tokens read and written, by tenant for who holds the metrics key."
         yield "# TYPE posttrain_tokens_total counter"
-        for (tenant, kind), count in sorted(self._tokens.items()):
-            yield f'posttrain_tokens_total{{tenant="{_escaped(tenant)}",kind="{kind}"}} {count}'
+        yield from _counts("posttrain_tokens_total", "kind", self._tokens, by_tenant)
         yield "# HELP posttrain_request_seconds Time from a request's arrival to its answer."
         yield "# TYPE posttrain_request_seconds histogram"
         for bound, count in zip(_BUCKETS, self._buckets, strict=True):
@@ -52,6 +50,14 @@ class Metrics:
         yield "# HELP posttrain_waiting_requests Requests in the queue."
         yield "# TYPE posttrain_waiting_requests gauge"
         yield f"posttrain_waiting_requests {waiting}"
+
+
+def _counts(name: str, label: str, counts: Counter[tuple[str, str]], by_tenant: bool) -> Iterator[str]:
+    """One line for each pair of a tenant and a value of the label, or for each value alone."""
+    shown: Counter[str] = Counter()
+    for (tenant, value), count in counts.items():
+        shown[(f'tenant="{_escaped(tenant)}",' if by_tenant else "") + f'{label}="{value}"'] += count
+    yield from (f"{name}{{{labels}}} {count}" for labels, count in sorted(shown.items()))
 
 
 def _escaped(label: str) -> str:
