@@ -1,12 +1,14 @@
-"""A tiny training run that another process may kill: `python killable.py {sft|dpo|grpo} FOLDER` says each step it finished.
+"""A tiny training run that another process may kill: `python killable.py KIND FOLDER` says each step it finished.
 
-The tests import `run` as well, to finish the killed run and to make the uninterrupted one it is compared with.
+KIND: sft, dpo, or a loss of `GrpoOptions`. The tests import `run` as well, to finish the killed run and to make the uninterrupted one it
+is compared with.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from posttrain.contract import Contract
-from posttrain.data.records import Conversation, Episode, Message, Preference, Task, Turn
+from posttrain.data.records import Conversation, Episode, Message, Preference, StopReason, Task, Turn
 from posttrain.policy import LoraOptions, Policy
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from posttrain.stages import Workbench, preference, reason, rollouts, sft
 from posttrain.stages.bench import derive
+from posttrain.stages.policy_gradient import GrpoOptions, Played
 from posttrain.training import OptimiserOptions, team
 from posttrain.verifying.judgement import Judgement
 from tiny_models import tiny_model, train_tokenizer
@@ -57,11 +60,12 @@ def run(
     if kind == "sft":
         records = [Conversation(str(i), (m, Message("assistant", f"{i}2.50 is due"))) for i, m in enumerate(asked)]
         sft.run(sft.SftOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER), records, bench)
-    elif kind == "grpo":
-        tasks = [Task(str(i), (m,)) for i, m in enumerate(asked)]
-        grpo = rollouts.GrpoOptions(steps=STEPS, tasks=2, group=4, max_len=6, optimiser=OPTIMISER)
+    elif kind != "dpo":
+        tasks = [Task(str(i), (m,), demonstration=(Message("assistant", f"{i}2.50"),)) for i, m in enumerate(asked)]
+        grpo = GrpoOptions(steps=STEPS, tasks=2, group=4, max_len=6, loss=kind, optimiser=OPTIMISER)  # type: ignore[arg-type]
+        grpo = replace(grpo, refills=2) if kind == "dapo" else grpo
         options = reason.ReasonOptions(LORA, reason.CollectOptions(tasks=0), grpo)
-        reason.run(options, tasks * 3, played_on(bench), bench)
+        reason.run(options, tasks * (grpo.needed // 8), played_on(bench, rough=kind == "dapo"), bench, show=shown_on(bench))
     else:
         pairs = [
             Preference(str(i), (m,), (Message("assistant", f"{i}2.50"),), (Message("assistant", "a lot"),))
@@ -72,8 +76,9 @@ def run(
     return {name: p.detach().clone() for name, p in policy.adapter_parameters("main").items()}
 
 
-def played_on(bench: Workbench) -> rollouts.Play:
-    """Six sampled tokens a task and copy; the score is the share of tokens with an even number."""
+def played_on(bench: Workbench, *, rough: bool = False) -> rollouts.Play:
+    """Six sampled tokens a task and copy; the score is the share of tokens with an even number, `rough`: whether most are, so that some
+    groups score alike."""
     sampler = LocalSampler(bench.policy, bench.contract.end_of_turn)
 
     def play(tasks: Sequence[Task], copies: int, seed: int, adapter: str | None) -> list[tuple[Episode, Judgement | None]]:
@@ -91,10 +96,27 @@ def played_on(bench: Workbench) -> rollouts.Play:
             )
             episode = Episode("x", None, "task", (), (turn,), (), got.stop, (*request.prompt, *got.ids))
             score = sum(token % 2 == 0 for token in got.ids) / len(got.ids)
+            score = float(score > 0.6) if rough else score
             played.append((episode, Judgement(score == 1.0, score)))
         return played
 
     return play
+
+
+def shown_on(bench: Workbench) -> rollouts.Show:
+    """Each task's demonstration as an episode that passed."""
+
+    def show(tasks: Sequence[Task]) -> list[Played]:
+        played: list[Played] = []
+        for task in tasks:
+            prompt = tuple(bench.contract.prompt_ids(task.messages))
+            ids = bench.contract.turn_ids(task.demonstration[0])
+            zeros, stop = (0.0,) * len(ids), StopReason.END_OF_TURN
+            turn = Turn(len(prompt), ids, zeros, zeros, (False,) * len(ids), task.demonstration[0], stop)
+            played.append((Episode(task.id, None, "task", (), (turn,), (), stop, (*prompt, *ids)), Judgement(True, 1.0)))
+        return played
+
+    return show
 
 
 if __name__ == "__main__":

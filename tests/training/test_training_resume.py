@@ -22,7 +22,7 @@ from posttrain.policy import LoraOptions, Pack, Policy
 from posttrain.training import Checkpointer, Learner, OptimiserOptions, Scored, read_checkpoint
 from tiny_models import sequence, tiny_model
 
-PHASES = {"sft": "train", "dpo": "train", "grpo": "grpo"}
+PHASES = {"sft": "train", "dpo": "train", "grpo": "grpo", "dapo": "grpo", "luffy": "grpo"}
 KINDS = tuple(PHASES)
 
 

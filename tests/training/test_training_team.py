@@ -43,7 +43,9 @@ def launched(kind: str, folder: Path, processes: int, stop: int = -1, **environm
     return torch.load(end, weights_only=True) if end.exists() else None
 
 
-@pytest.mark.parametrize("kind", ["sft", pytest.param("dpo", marks=pytest.mark.slow), "grpo"])
+@pytest.mark.parametrize(
+    "kind", ["sft", "grpo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dpo", "dr_grpo", "dapo", "gspo", "luffy"))]
+)
 def test_two_processes_take_the_steps_of_one(kind: str, tmp_path: Path) -> None:
     one, two = (launched(kind, tmp_path / str(count), count) for count in (1, 2))
     assert one is not None and two is not None

@@ -1,4 +1,4 @@
-"""One process of several: `python together.py {sft|dpo|grpo|shares|edges} FOLDER STOP`. The first one writes what it ends with.
+"""One process of several: `python together.py {KIND of killable|shares|edges} FOLDER STOP`. The first one writes what it ends with.
 
 STOP is the step after which every process gives up, as if the machine had gone down; -1: never.
 """
