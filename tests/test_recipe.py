@@ -85,9 +85,11 @@ def test_numbers_words_and_booleans_are_read_as_written(tmp_path: Path) -> None:
         ("{targets: [{metric: tool_success}], confidence: .nan}", ("confidence",)),
         ("{targets: [{metric: tool_success}], guardrails: [{metric: high_risk_refusal}]}", ("guardrails[0]", "guards nothing")),
         (
-            "{targets: [{metric: tool_success}], guardrails: [{metric: high_risk_refusal, max_drop: 3, at_least: 0}]}",
-            ("guardrails[0]", "between 0 and 1", "'max_drop': 3", "0.05"),
+            "{targets: [{metric: tool_success}], guardrails: [{metric: high_risk_refusal, max_drop: 3, at_least: 0.2}]}",
+            ("guardrails[0].max_drop", "guards nothing", "0.05"),
         ),
+        ("{targets: [{metric: tool_success, at_least: 95}]}", ("targets[0].at_least", "between 0 and 1", "95")),
+        ("{targets: [{metric: tool_success, min_gain: 15}]}", ("targets[0].min_gain", "between 0 and 1", "15")),
         (
             "{targets: [{metric: tool_success}], guardrails: [{metric: truncated, max_drop: -0.1}]}",
             ("guardrails[0].max_drop", "-0.1"),

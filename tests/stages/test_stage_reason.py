@@ -371,8 +371,7 @@ def test_luffy_and_a_collection_that_demonstrates_ask_for_what_plays_demonstrati
     ):
         with pytest.raises(ValueError, match="needs `show`"):
             reason.run(options, demonstrated(12), toy, bench)
-        bench = shop.bench("again")
-        toy = Toy(bench, lambda episode: Judgement(False, 0.0))
+    assert toy.calls == [] and bench.policy.adapters == ()
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -458,6 +457,7 @@ def test_an_overlong_answer_is_rewarded_less() -> None:
     rewards = rewards_of(options, played)
     assert bool(rewards[0].isnan()) and rewards[1:].tolist() == pytest.approx([0.5, 0.0])
     assert rewards_of(replace(options, overlong=0), played)[1:].tolist() == [1.0, 1.0]
+    assert rewards_of(options, played, torch.tensor([0.0, 1.0, 0.0]))[1:].tolist() == [1.0, 0.0]  # a trace was not sampled
     with pytest.raises(RecipeError, match="more than max_len"):
         build(ReasonOptions, {"grpo": {"overlong": 200}}, "stages.reason.options")
 
@@ -467,9 +467,13 @@ def test_each_loss_has_a_form_and_a_clip_range_of_its_own_that_may_be_changed() 
     forms = {loss: GrpoOptions(loss=loss).advantage_name for loss in LOSSES}
     assert forms == {"grpo": "grpo", "dr_grpo": "centred", "dapo": "grpo", "gspo": "grpo", "luffy": "centred"}
     assert GrpoOptions(loss="dr_grpo", advantage="grpo").advantage_name == "grpo"
-    clips = {loss: GrpoOptions(loss=loss).clip for loss in ("grpo", "dapo", "gspo")}
-    assert clips == {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
+    assert {loss: GrpoOptions(loss=loss).clip for loss in ("grpo", "dapo")} == {"grpo": (0.2, 0.2), "dapo": (0.2, 0.28)}
     assert GrpoOptions(loss="dapo", eps_low=0.1).clip == (0.1, 0.28)
+
+
+def test_a_clip_range_that_would_never_act_is_refused() -> None:
+    with pytest.raises(RecipeError, match="gspo clips nothing"):
+        build(ReasonOptions, {"grpo": {"loss": "gspo", "eps_high": 0.01}}, "stages.reason.options")
 
 
 @pytest.mark.parametrize("loss", ["gspo", "luffy"])

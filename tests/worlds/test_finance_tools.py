@@ -118,8 +118,10 @@ def test_who_looks_on_the_wrong_side_of_the_books_is_told_what_the_party_is(live
     ((customer,), *_) = live.query("SELECT DISTINCT party FROM receivables")
     for name, arguments in (("ageing", {"side": "payables"}), ("query_erp", {"table": "payables"})):
         said = json.loads(live.call(name, {"party": customer, **arguments}).content)["detail"]
-        assert said == f"no payables {'of' if name == 'ageing' else 'for'} {customer}, a customer"
-    assert json.loads(live.call("ageing", {"party": "Nobody", "side": "payables"}).content)["detail"] == "no payables of Nobody"
+        assert said == f"{customer} is a customer: no payables"
+    for arguments in ({"party": customer, "period": "2031-01", "table": "receivables"}, {"party": "Nobody", "table": "payables"}):
+        said = json.loads(live.call("query_erp", arguments).content)["detail"]
+        assert said == f"no {arguments['table']} for {', '.join(list(arguments.values())[:-1])}"
 
 
 def test_budget_actual_is_what_was_posted_to_the_cost_centre(live: FinanceEnvironment) -> None:

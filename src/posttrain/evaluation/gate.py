@@ -114,6 +114,13 @@ def _check_rules(policy: GatePolicy, where: str) -> None:
                     value=limit,
                     remedy="`direction` says which way is worse",
                 )
+            if limit is not None and rule.metric in SHARES and not (0 <= limit < 1 or (limit == 1 and name != "max_drop")):
+                raise RecipeError(
+                    f"{rule.metric} lies between 0 and 1: this limit {'guards nothing' if name == 'max_drop' else 'cannot be one'}",
+                    where=f"{place}.{name}",
+                    value=limit,
+                    remedy="five points are 0.05",
+                )
         if isinstance(rule, Guardrail) and all(limit is None for limit in limits.values()):
             raise RecipeError(
                 "a guardrail without a limit guards nothing",
@@ -121,20 +128,7 @@ def _check_rules(policy: GatePolicy, where: str) -> None:
                 value=rule.metric,
                 remedy="give max_drop, at_least or at_most",
             )
-        if isinstance(rule, Guardrail) and rule.metric in SHARES and _always_holds(rule):
-            raise RecipeError(
-                f"{rule.metric} lies between 0 and 1: within these limits it guards nothing",
-                where=place,
-                value={name: limit for name, limit in limits.items() if limit is not None},
-                remedy="five points are 0.05",
-            )
         _check_direction(rule, place)
-
-
-def _always_holds(rule: Guardrail) -> bool:
-    """Whether no share could breach the rule."""
-    falls = rule.max_drop is not None and rule.max_drop < 1
-    return not falls and (rule.at_least is None or rule.at_least <= 0) and (rule.at_most is None or rule.at_most >= 1)
 
 
 def _check_direction(rule: Target | Guardrail, where: str) -> None:

@@ -235,7 +235,7 @@ def _demonstrated(task: Task, contract: Contract, world: World, guard: Guard, so
         raise DataError(
             f"its episode ends ({episode.stop}) after turn {played} of {turns}: the rest would never be learned",
             where=where,
-            remedy="end it with one answer, within the task's max_turns",
+            remedy="end it with one answer, within the task's max_turns and the calls of an episode",
         )
     if judgement is None or not judgement.passed:
         failed = judgement.failed if judgement else ["no judgement"]

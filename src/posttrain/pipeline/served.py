@@ -81,7 +81,7 @@ def application(
     model = load_served(registry, channels, base, cache, device)
     engine = ContractEngine(model.runtime.contract, model.runtime.sampler, model.runtime.policy.context)
     router = Router(channels, AccessFile(keys), model)
-    return build_app(engine, router, Audit(audit), metrics_key=os.environ.get("POSTTRAIN_METRICS_KEY"))
+    return build_app(engine, router, Audit(audit), metrics_key=os.environ.get("POSTTRAIN_METRICS_KEY", "").strip())
 
 
 def ensure_keys(path: Path, channels: Channels) -> dict[str, str]:

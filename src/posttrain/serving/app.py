@@ -41,8 +41,7 @@ def build_app(
     engine: Engine, router: Router, audit: Audit, limits: Limits | None = None, metrics_key: str | None = None
 ) -> Starlette:
     """The application. The engine's streams and the router's model are touched by one thread only, between start-up and shut-down.
-    metrics_key: with it `/metrics` counts tenant by tenant, without it over all of them: who else is served, and how much, is no
-    tenant's business."""
+    metrics_key: with it `/metrics` counts tenant by tenant, without it over all of them: who else is served is no tenant's business."""
     service = _Service(engine, router, audit, limits or Limits(), metrics_key)
 
     @asynccontextmanager

@@ -28,10 +28,8 @@ Played = tuple[Episode, Judgement | None]  # None: nobody could judge it
 
 Loss = Literal["grpo", "dr_grpo", "dapo", "gspo", "luffy"]
 Advantage = Literal["grpo", "centred"]
-# (eps_low, eps_high); GSPO's ratio is a geometric mean
-_CLIP: dict[Loss, tuple[float, float]] = {
-    "grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "luffy": (0.2, 0.2),
-}  # fmt: skip
+# (eps_low, eps_high)
+_CLIP: dict[Loss, tuple[float, float]] = {"dapo": (0.2, 0.28)}
 _CENTRED: tuple[Loss, ...] = ("dr_grpo", "luffy")
 _WITHOUT_KL: tuple[Loss, ...] = ("gspo", "luffy")
 
@@ -42,21 +40,22 @@ class GrpoOptions:
 
     - grpo: mean over completions of the mean over their tokens (Shao 2024);
     - dr_grpo: sum over tokens by the constant `max_len`, the advantage centred (Liu 2025);
-    - dapo: mean over all tokens of the groups with signal, clip-higher (Yu 2025); with `refills` and `overlong` its whole recipe;
-    - gspo: one ratio a completion, to the policy's own log-probabilities before the update (Zheng 2025): the sampler's would differ by
-      rounding alone by more than its clip range;
+    - dapo: mean over all tokens of the groups whose scores differ, clip-higher (Yu 2025); the rest of its recipe are `refills` and
+      `overlong`;
+    - gspo: one ratio a completion (Zheng 2025), to the policy's own log-probabilities before the update, as the sampler's differ by
+      rounding alone by more than its clip range, which with one update per rollout never acts;
     - luffy: a task's demonstration joins its group as an external trace whose tokens count by f(p) = p / (p + gamma), the advantage
       centred over the union, by the constant `max_len`, as the released run (Yan 2025).
 
     None: either follows from the other (`centred` is dr_grpo's), both None is GRPO's. eps_low, eps_high: the clip range, None: the
-    loss's own (0.2 and 0.2; dapo 0.2 and 0.28; gspo 3e-4 and 4e-4; luffy clips nothing while both are None). gamma: luffy's. beta
-    weighs the k3 penalty to the parent, of every judged completion, which gspo and luffy have not; max_kl stops the stage when the
+    loss's own (0.2 and 0.2, dapo 0.2 and 0.28; luffy clips nothing while both are None). gamma: luffy's. beta weighs the k3 penalty to
+    the parent, of every judged completion of the groups in the update, which gspo and luffy have not; max_kl stops the stage when the
     mean k3 estimate to the parent, nats per token of the policy's own completions in the update, exceeds it (None: never). One update
     per rollout; without beta it leaves out completions whose advantage is 0, as they would not move anything.
 
-    refills: dynamic sampling (Yu 2025). Groups in which all score alike are dropped and up to so many further draws of `tasks` tasks
-    fill their places (0: dapo drops, the others keep them). overlong: tokens before `max_len` from which a completion's reward falls,
-    to -1 beyond `max_len` (soft overlong punishment, Yu 2025 eq. 13; 0: none)."""
+    refills: dynamic sampling (Yu 2025). Groups in which all score alike are dropped, which for scores of 0 and 1 is the paper's rule,
+    and up to so many further draws of `tasks` tasks fill their places (0: dapo drops, the others keep them). overlong: tokens before
+    `max_len` from which a sampled completion's reward falls, to -1 beyond `max_len` (soft overlong punishment, Yu 2025 eq. 13; 0: none)."""
 
     steps: Whole = 6
     tasks: Count = 8
@@ -76,6 +75,8 @@ class GrpoOptions:
     def __post_init__(self) -> None:
         if self.beta != 0 and self.loss in _WITHOUT_KL:
             raise ValueError(f"the loss {self.loss} has no KL term: set beta to 0, or bound the drift by max_kl")
+        if self.loss == "gspo" and (self.eps_low is not None or self.eps_high is not None):
+            raise ValueError("with one update per rollout gspo clips nothing: leave eps_low and eps_high out")
         if self.overlong > self.max_len:
             raise ValueError(f"overlong {self.overlong} is more than max_len {self.max_len}: every completion would be too long")
 
@@ -89,7 +90,7 @@ class GrpoOptions:
 
     @property
     def clip(self) -> tuple[float, float]:
-        low, high = _CLIP[self.loss_name]
+        low, high = _CLIP.get(self.loss_name, (0.2, 0.2))
         return low if self.eps_low is None else self.eps_low, high if self.eps_high is None else self.eps_high
 
     @property
@@ -103,13 +104,15 @@ class GrpoOptions:
         return self.steps * (1 + self.refills) * self.tasks
 
 
-def rewards_of(options: GrpoOptions, played: Sequence[Played]) -> Tensor:
-    """[n] the verifier's scores, less what `overlong` takes, nan where nobody could judge."""
+def rewards_of(options: GrpoOptions, played: Sequence[Played], external: Tensor | None = None) -> Tensor:
+    """[n] the verifier's scores, less what `overlong` takes of those that are not external (1 in external [n]), nan where nobody could
+    judge."""
     scores = torch.tensor([float("nan") if judgement is None else judgement.score for _, judgement in played])
     if not options.overlong:
         return scores
     lengths = torch.tensor([float(sum(len(turn.ids) for turn in episode.turns)) for episode, _ in played])
-    return scores + overlong_penalty(lengths, options.max_len, options.overlong)
+    penalty = overlong_penalty(lengths, options.max_len, options.overlong)
+    return scores + (penalty if external is None else penalty * (1 - external))
 
 
 def advantages_of(options: GrpoOptions, rewards: Tensor, groups: Tensor | None = None) -> Tensor:
@@ -177,7 +180,7 @@ class _Update:
         options, rows, tokens = self.options, float(self.size.completions), self.size.tokens
         low, high = options.clip
         if options.loss_name == "gspo":
-            loss, metrics = gspo(logp, logp.detach(), mask, gains, eps_low=low, eps_high=high, normaliser=rows)
+            loss, metrics = gspo(logp, logp.detach(), mask, gains, normaliser=rows)
             return loss, {**metrics, **_drift(logp, mask, reference)}
         if options.loss_name == "luffy":
             unclipped = options.eps_low is None and options.eps_high is None

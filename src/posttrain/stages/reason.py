@@ -70,6 +70,8 @@ def run(
     """Train adapter `name` on tasks with a verifier; returns why it stopped early, if it did. `show` is needed where
     demonstrations are learned from."""
     check_tasks(options, tasks)
+    if show is None and (asked := options.demonstrating(tasks)):
+        raise ValueError(f"{' and '.join(asked)} needs `show`, which plays demonstrations")
     bench.policy.add_adapter(name, options.adapter, bench.seed)
     rest = list(tasks)
     if options.collect.tasks:
@@ -98,8 +100,7 @@ def collect(
     kept = [_chosen(options, group) for group in groups]
     demonstrated: list[int] = []
     if options.demonstrate:
-        if show is None:
-            raise ValueError("collect.demonstrate needs `show`, which plays demonstrations")
+        assert show is not None, "demonstrations need what plays them"
         demonstrated = [index for index in unsolved if tasks[index].demonstration]
         for index, (episode, judgement) in zip(demonstrated, show([tasks[i] for i in demonstrated]), strict=True):
             kept[index] = [episode] if passes(judgement) else []

@@ -31,7 +31,7 @@ class Group:
 
     @property
     def varied(self) -> bool:
-        """Whether its scores differ: where they do not, no completion has an advantage."""
+        """Whether its scores differ: where they do not, they prefer no completion to another."""
         return len({judgement.score for _, judgement in self.played if judgement is not None}) > 1
 
 
@@ -75,8 +75,7 @@ def _groups(options: GrpoOptions, tasks: Sequence[Task], played: Sequence[Played
     groups = [list(played[start : start + options.group]) for start in range(0, len(played), options.group)]
     if options.loss_name != "luffy":
         return [Group(group) for group in groups]
-    if show is None:
-        raise ValueError("the loss luffy needs `show`, which plays demonstrations")
+    assert show is not None, "the loss luffy needs what plays demonstrations"
     shown = [index for index, task in enumerate(tasks) if task.demonstration]
     traces = dict(zip(shown, show([tasks[index] for index in shown]), strict=True))
     return [Group([*group, traces[i]], 1) if i in traces else Group(group) for i, group in enumerate(groups)]
@@ -101,7 +100,7 @@ def _update(options: GrpoOptions, groups: Sequence[Group], learner: Learner, ben
     whose = torch.tensor([index for index, group in enumerate(groups) for _ in group.played])
     external = torch.tensor([float(i >= len(group.own)) for group in groups for i in range(len(group.played))])
     old = [old_logprobs(episode) for episode, _ in union]
-    rewards = rewards_of(options, union)
+    rewards = rewards_of(options, union, external)
     advantages = advantages_of(options, rewards, whose)
     # without an advantage a completion has the KL term only
     teaches = ~rewards.isnan() if options.beta != 0 else advantages != 0

@@ -53,7 +53,7 @@ def query_erp(db: sqlite3.Connection, arguments: Arguments) -> Result:
     sql = f"SELECT * FROM ({SELECT[table]}) WHERE {' AND '.join(column[key] for key in filters)} ORDER BY date, ref"
     rows = db.execute(sql, tuple(filters.values())).fetchall()
     if not rows:
-        raise ToolError("not_found", f"no {table} for {', '.join(filters.values())}{_known_as(db, filters.get('party'))}")
+        raise _not_found(db, table, filters)
     if "ref" in filters:
         ref, party, date, amount, note, memo = rows[0]
         found = {"ref": ref, "party": party, "date": date, "amount": money.text(amount), "status": note, "memo": memo}
@@ -62,10 +62,16 @@ def query_erp(db: sqlite3.Connection, arguments: Arguments) -> Result:
     return {"count": len(rows), "total": money.text(sum(row[3] for row in rows)), "rows": shown}
 
 
-def _known_as(db: sqlite3.Connection, party: str | None) -> str:
-    """What a party is, for a caller who looked on the wrong side."""
+_ROLES = {"receivables": "customer", "payables": "vendor", "purchase_orders": "vendor"}
+
+
+def _not_found(db: sqlite3.Connection, table: str, filters: Arguments) -> ToolError:
+    """Who looks up a party on the wrong side of the books is told what the party is."""
+    party = filters.get("party")
     found = db.execute("SELECT side FROM parties WHERE name = ? COLLATE NOCASE", (party,)).fetchone()
-    return f", a {found[0]}" if found else ""
+    if found and found[0] != _ROLES.get(table, found[0]):
+        return ToolError("not_found", f"{party} is a {found[0]}: no {table}")
+    return ToolError("not_found", f"no {table} for {', '.join(filters.values())}")
 
 
 def cash_position(db: sqlite3.Connection, arguments: Arguments) -> Result:
@@ -82,10 +88,9 @@ def ageing(db: sqlite3.Connection, arguments: Arguments) -> Result:
     today = last_day(current_period(db))
     where, values = ("AND party = ? COLLATE NOCASE", (party,)) if party else ("", ())
     rows = db.execute(f"SELECT due, amount FROM {side} WHERE status = 'open' {where}", values).fetchall()
-    role = "customer" if side == "receivables" else "vendor"
     known = "SELECT 1 FROM parties WHERE name = ? COLLATE NOCASE AND side = ?"
-    if party and not db.execute(known, (party, role)).fetchone():
-        raise ToolError("not_found", f"no {side} of {party}{_known_as(db, party)}")
+    if party and not db.execute(known, (party, _ROLES[side])).fetchone():
+        raise _not_found(db, side, {"party": party})
     overdue = sum(amount for due, amount in rows if due < today)
     old = sum(amount for due, amount in rows if after(due, 30) < today)
     scope = {"party": party} if party else {}
