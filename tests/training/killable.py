@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,7 +21,7 @@ from posttrain.policy import LoraOptions, Policy
 from posttrain.sampling import LocalSampler, SampleOptions, SampleRequest
 from posttrain.stages import Workbench, preference, reason, rollouts, sft
 from posttrain.stages.bench import derive
-from posttrain.stages.policy_gradient import GrpoOptions, Played
+from posttrain.stages.policy_gradient import GrpoOptions, Loss, Played
 from posttrain.training import OptimiserOptions, team
 from posttrain.verifying.judgement import Judgement
 from tiny_models import tiny_model, train_tokenizer
@@ -62,8 +61,8 @@ def run(
         sft.run(sft.SftOptions(batch=4, epochs=STEPS / 2, adapter=LORA, optimiser=OPTIMISER), records, bench)
     elif kind != "dpo":
         tasks = [Task(str(i), (m,), demonstration=(Message("assistant", f"{i}2.50"),)) for i, m in enumerate(asked)]
-        grpo = GrpoOptions(steps=STEPS, tasks=2, group=4, max_len=6, loss=kind, optimiser=OPTIMISER)  # type: ignore[arg-type]
-        grpo = replace(grpo, refills=2) if kind == "dapo" else grpo
+        again, loss = 2 if kind == "dapo" else 0, cast(Loss, kind)
+        grpo = GrpoOptions(steps=STEPS, tasks=2, group=4, max_len=6, loss=loss, refills=again, optimiser=OPTIMISER)
         options = reason.ReasonOptions(LORA, reason.CollectOptions(tasks=0), grpo)
         reason.run(options, tasks * (grpo.needed // 8), played_on(bench, rough=kind == "dapo"), bench, show=shown_on(bench))
     else:

@@ -10,7 +10,7 @@ from posttrain.worlds.finance_ops import money
 from posttrain.worlds.finance_ops.calendar import after, last_day
 from posttrain.worlds.finance_ops.differences import NO_ACCOUNT, Kind
 from posttrain.worlds.finance_ops.ledger import Entry, document_difference, next_ref, simple, write
-from posttrain.worlds.finance_ops.toolspecs import DRAFT
+from posttrain.worlds.finance_ops.toolspecs import DRAFT, ROLES
 
 Arguments = Mapping[str, Any]
 Result = dict[str, Any]
@@ -62,15 +62,17 @@ def query_erp(db: sqlite3.Connection, arguments: Arguments) -> Result:
     return {"count": len(rows), "total": money.text(sum(row[3] for row in rows)), "rows": shown}
 
 
-_ROLES = {"receivables": "customer", "payables": "vendor", "purchase_orders": "vendor"}
+def _role_of(db: sqlite3.Connection, party: str | None) -> str | None:
+    found = db.execute("SELECT side FROM parties WHERE name = ? COLLATE NOCASE", (party,)).fetchone()
+    return str(found[0]) if found else None
 
 
 def _not_found(db: sqlite3.Connection, table: str, filters: Arguments) -> ToolError:
     """Who looks up a party on the wrong side of the books is told what the party is."""
     party = filters.get("party")
-    found = db.execute("SELECT side FROM parties WHERE name = ? COLLATE NOCASE", (party,)).fetchone()
-    if found and found[0] != _ROLES.get(table, found[0]):
-        return ToolError("not_found", f"{party} is a {found[0]}: no {table}")
+    role = _role_of(db, party)
+    if role and role != ROLES.get(table, role):
+        return ToolError("not_found", f"{party} is a {role}: no {table}")
     return ToolError("not_found", f"no {table} for {', '.join(filters.values())}")
 
 
@@ -88,8 +90,7 @@ def ageing(db: sqlite3.Connection, arguments: Arguments) -> Result:
     today = last_day(current_period(db))
     where, values = ("AND party = ? COLLATE NOCASE", (party,)) if party else ("", ())
     rows = db.execute(f"SELECT due, amount FROM {side} WHERE status = 'open' {where}", values).fetchall()
-    known = "SELECT 1 FROM parties WHERE name = ? COLLATE NOCASE AND side = ?"
-    if party and not db.execute(known, (party, _ROLES[side])).fetchone():
+    if party and _role_of(db, party) != ROLES[side]:
         raise _not_found(db, side, {"party": party})
     overdue = sum(amount for due, amount in rows if due < today)
     old = sum(amount for due, amount in rows if after(due, 30) < today)

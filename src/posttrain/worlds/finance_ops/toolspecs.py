@@ -19,6 +19,8 @@ PREFIXES = {
     "BNK": "bank_lines",
     "PAY": "payment_requests",
 }
+SIDES = ("receivables", "payables")
+ROLES = {"receivables": "customer", "payables": "vendor", "purchase_orders": "vendor"}  # what a party is to a table
 DRAFT = "DRAFT"  # of entries that are proposed and not posted
 TABLES = tuple(PREFIXES.values())
 READ_TOOLS = ("query_erp", "cash_position", "ageing", "budget_status", "search_policy")
@@ -56,7 +58,7 @@ TOOLS: tuple[ToolSpec, ...] = (
         ("ref", "party", "period"),
     ),
     _tool("cash_position", "bank balance", {"account": _one_of(*BANK)}),
-    _tool("ageing", "overdue amounts", {"party": _TEXT, "side": _one_of("receivables", "payables")}, ("party",)),
+    _tool("ageing", "overdue amounts", {"party": _TEXT, "side": _one_of(*SIDES)}, ("party",)),
     _tool("budget_status", "budget use", {"cost_centre": _TEXT, "period": _PERIOD}),
     _tool("search_policy", "find a rule", {"query": _TEXT}),
     _tool(

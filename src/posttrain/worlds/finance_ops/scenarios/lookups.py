@@ -13,7 +13,7 @@ from posttrain.worlds.finance_ops.policies import passages
 from posttrain.worlds.finance_ops.scenarios.bench import Bench
 from posttrain.worlds.finance_ops.styles import Reply
 from posttrain.worlds.finance_ops.tools import SELECT
-from posttrain.worlds.finance_ops.toolspecs import PREFIXES
+from posttrain.worlds.finance_ops.toolspecs import PREFIXES, ROLES, SIDES
 from posttrain.worlds.finance_ops.wording import Utterance, values
 
 Result = Mapping[str, Any]
@@ -34,9 +34,6 @@ class Lookup:
 
 def _answer(summary: str, figures: tuple[tuple[str, str], ...], *sources: str) -> Answer:
     return Answer(Decision.ANSWER, summary, figures, sources)
-
-
-_SIDES = ("receivables", "payables")
 
 
 def cash(bench: Bench, account: str | None = None, ask: str = "cash.ask") -> Lookup:
@@ -67,15 +64,14 @@ def ageing(bench: Bench) -> Lookup:
     """Overdue amounts of a side, or of one party."""
     if bench.rng.random() < 0.5:
         return party_ageing(bench)
-    side = bench.rng.choice(_SIDES)
+    side = bench.rng.choice(SIDES)
     return Lookup(bench.say(f"ageing.{side}"), "ageing", {"side": side}, ageing_reply)
 
 
 def party_ageing(bench: Bench) -> Lookup:
-    side = bench.rng.choice(_SIDES)
-    role = "customer" if side == "receivables" else "vendor"
+    side = bench.rng.choice(SIDES)
     (party,) = bench.pick(f"SELECT DISTINCT party FROM {side} WHERE status = 'open'")
-    return Lookup(bench.say(f"ageing.{role}", party=party), "ageing", {"party": party, "side": side}, ageing_reply)
+    return Lookup(bench.say(f"ageing.{ROLES[side]}", party=party), "ageing", {"party": party, "side": side}, ageing_reply)
 
 
 def ageing_reply(result: Result) -> Reply:
@@ -180,7 +176,7 @@ def party_lookup(bench: Bench) -> tuple[Lookup, dict[str, str]]:
     """A lookup about a party, and its arguments with the other side of the books, which do not know the party."""
     if bench.rng.random() < 0.4:
         asked = party_ageing(bench)
-        (other,) = (side for side in _SIDES if side != asked.arguments["side"])
+        (other,) = (side for side in SIDES if side != asked.arguments["side"])
         return asked, {**asked.arguments, "side": other}
     asked = party_listing(bench, bench.rng.choice(list(_LISTINGS)))
     sold = asked.arguments["table"] == "receivables"
