@@ -27,10 +27,25 @@ def divergence(policy: Policy, other: Policy) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_a_layers_importance_is_the_divergence_of_the_model_that_lacks_it(family: str) -> None:
     policy = Policy(tiny_model(family))
+    before = policy.hidden(PACK)
     found = layer_importance(policy, PACK)
+    assert torch.equal(policy.hidden(PACK), before)
     without = [Policy(cut_layers(policy.base, keep)) for keep in ((1, 2), (0, 2), (0, 1))]
     assert found == pytest.approx([divergence(policy, student) for student in without], rel=1e-3)
     assert not any(layer._forward_hooks for layer in policy.base.base_model.layers)
+
+
+def test_what_comes_before_a_layer_is_computed_once_for_all() -> None:
+    policy = Policy(tiny_model())
+    passes = [0, 0, 0]
+    for place, layer in enumerate(policy.base.base_model.layers):
+
+        def count(*inputs: object, place: int = place) -> None:
+            passes[place] += 1
+
+        layer.mlp.register_forward_hook(count)
+    layer_importance(policy, PACK)
+    assert passes == [2, 3, 4]  # the whole, and without each layer up to itself, whose own output is thrown away
 
 
 def test_a_layer_that_adds_nothing_is_the_first_to_go() -> None:

@@ -12,6 +12,7 @@ from transformers import Lfm2Config, Lfm2ForCausalLM, MambaConfig, MambaForCausa
 
 from posttrain.objectives.supervised import sft_ce
 from posttrain.policy import LoraOptions, Pack, Policy
+from posttrain.policy.importance import layer_importance
 from posttrain.sampling import EngineOptions, LocalSampler, SampleOptions, SampleRequest
 from posttrain.training import Learner, OptimiserOptions, Scored
 from tiny_models import random_ids, sequence, tiny_model
@@ -55,6 +56,15 @@ def test_a_hybrid_is_known_by_its_other_layers(kind: str) -> None:
     assert Policy(tiny_model()).packs
     model.config.layer_types = ["full_attention", kind, "full_attention"]
     assert not Policy(model).packs
+
+
+@torch.no_grad()
+def test_a_layers_importance_is_that_of_its_rows_one_by_one(policy: Policy) -> None:
+    together = layer_importance(policy, Pack.of([sequence(row) for row in ROWS]))
+    alone = [layer_importance(policy, Pack.of([sequence(row)])) for row in ROWS]
+    weights = [len(row) - 1 for row in ROWS]
+    wanted = [sum(w * nats for w, nats in zip(weights, layer, strict=True)) / sum(weights) for layer in zip(*alone, strict=True)]
+    assert together == pytest.approx(wanted, rel=1e-4) and min(together) > 1e-4
 
 
 @torch.no_grad()

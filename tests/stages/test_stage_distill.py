@@ -77,13 +77,13 @@ def test_the_student_comes_nearer_to_its_teacher_who_does_not_move(shop: Shop) -
 
 def test_answers_come_first_and_then_distributions(shop: Shop) -> None:
     distill.run(replace(OPTIONS, answers=0.5), taught(shop), shop.bench())
-    kinds = ["kl_sum" in metrics for _, _, metrics in shop.notes.lines]
+    kinds = ["kl_sum" in metrics for phase, _, metrics in shop.notes.lines if phase == "train"]
     assert kinds == [False] * 8 + [True] * 8
 
 
 def test_without_an_answers_phase_every_step_learns_distributions(shop: Shop) -> None:
     distill.run(replace(OPTIONS, answers=0.0, epochs=1.0), taught(shop), shop.bench())
-    assert all("kl_sum" in metrics for _, _, metrics in shop.notes.lines)
+    assert all("kl_sum" in metrics for phase, _, metrics in shop.notes.lines if phase == "train")
 
 
 def test_the_first_losses_are_the_cut_students_own(shop: Shop) -> None:
@@ -155,7 +155,30 @@ def test_a_refitted_student_starts_nearer_to_its_teacher(shop: Shop) -> None:
     once = replace(OPTIONS, refit=0.01, batch=8, epochs=1.0, answers=0.0, alpha=1.0, optimiser=OptimiserOptions(lr=1e-9))
     before = kl(bench.policy, cut(bench, sequences), sequences)
     assert kl(bench.policy, distill.run(once, sequences, bench), sequences) < 0.5 * before
-    assert [phase for phase, _, _ in shop.notes.lines] == ["refit", "train"]
+    assert [phase for phase, _, _ in shop.notes.lines] == ["layers", "layers", "refit", "train"]
+
+
+def test_the_log_says_what_each_layer_is_worth_and_which_stay(shop: Shop) -> None:
+    bench, sequences = shop.bench(), taught(shop)
+    importance = layer_importance(bench.policy, Pack.of(sequences))
+    student = distill.run(replace(OPTIONS, epochs=1.0, optimiser=OptimiserOptions(lr=1e-9)), sequences, bench)
+    assert [shop.notes.of(f"nats_{layer}", "layers") for layer in range(3)] == [
+        [pytest.approx(nats, rel=1e-4)] for nats in importance
+    ]
+    kept = [layer for layer in range(3) if shop.notes.of(f"kept_{layer}", "layers") == [1.0]]
+    assert tuple(kept) == most_important(importance, OPTIONS.layers)
+    for own, old in zip(student.base.base_model.layers, kept, strict=True):
+        weight = bench.policy.base.base_model.layers[old].self_attn.q_proj.weight
+        assert torch.allclose(own.self_attn.q_proj.weight, weight, rtol=5e-3)  # stored in bfloat16
+
+
+def test_the_layers_are_judged_on_records_from_all_of_them(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    sequences = taught(shop)
+    read: list[tuple[int, ...]] = []
+    judge = distill.layer_importance
+    monkeypatch.setattr(distill, "layer_importance", lambda teacher, pack: read.append(pack.lengths) or judge(teacher, pack))
+    distill.run(replace(OPTIONS, judged=4, epochs=0.5), sequences, shop.bench())
+    assert [sorted(own) for own in read] == [sorted(len(sequence) for sequence in sequences[::2])]
 
 
 def test_the_fit_reads_as_many_records_as_it_is_told_evenly_spread(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +246,7 @@ def test_a_run_that_is_started_again_ends_with_the_same_student(shop: Shop) -> N
     with pytest.raises(Crash):
         distill.run(OPTIONS, sequences, shop.bench("stopped", log=crash))
     resumed = distill.run(OPTIONS, sequences, shop.bench("stopped"))
-    repeated = [step for _, step, _ in shop.notes.lines]
+    repeated = [step for phase, step, _ in shop.notes.lines if phase == "train"]
     assert repeated[0] <= 5 and repeated == list(range(repeated[0], 16))
     assert resumed.fingerprint == distill.run(OPTIONS, sequences, shop.bench("whole")).fingerprint
 

@@ -23,12 +23,14 @@ from posttrain.policy.policy import Policy
 
 @torch.no_grad()
 def layer_importance(policy: Policy, pack: Pack) -> list[float]:
-    """KL(p || p without the layer) of each layer, full vocabulary, mean over the pack's predictions, in nats."""
+    """KL(p || p without the layer) of each layer, full vocabulary, mean over the pack's predictions, in nats. What comes before the layer
+    is computed once for all of them."""
     pack = pack.to(policy.device)
-    whole = policy.hidden(pack)[pack.rows]
+    with _recorded(policy) as outputs:
+        whole = policy.hidden(pack)[pack.rows]
     found = []
-    for layer in range(len(blocks_of(policy.base))):
-        with _skipped(policy, [layer]):
+    for layer in range(len(outputs)):
+        with _skipped(policy, [layer]), _replayed(policy, outputs[:layer]):
             without = policy.hidden(pack)[pack.rows]
         found.append(float(policy.head.tokenwise(reverse_kl_tokens, whole, [(policy.head, without)]).mean()))
     return found
@@ -82,6 +84,44 @@ def _skipped(policy: Policy, layers: Sequence[int]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def _recorded(policy: Policy) -> Iterator[list[list[Any]]]:
+    """Inside, a pass leaves here what each layer gives: one output for a pack, one for each row where rows run by themselves."""
+    blocks = blocks_of(policy.base)
+    outputs: list[list[Any]] = [[] for _ in blocks]
+
+    def keep(layer: int) -> Any:
+        return lambda module, inputs, output: outputs[layer].append(output)
+
+    hooks = [block.register_forward_hook(keep(layer)) for layer, block in enumerate(blocks)]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _replayed(policy: Policy, outputs: Sequence[Sequence[Any]]) -> Iterator[None]:
+    """Inside, the first layers compute nothing: each gives its recorded outputs in turn."""
+
+    def again(layer: int) -> Any:
+        turn = iter(outputs[layer])
+        return lambda *inputs, **kwargs: next(turn)
+
+    first = list(blocks_of(policy.base))[: len(outputs)]
+    own = [vars(block).get("forward") for block in first]  # of those that are recomputed, their own
+    for layer, block in enumerate(first):
+        block.forward = again(layer)
+    try:
+        yield
+    finally:
+        for block, forward in zip(first, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def _skip(module: Any, inputs: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -29,12 +29,11 @@ from posttrain.stages.bench import Work, Workbench, batches, learned_weight, tra
 from posttrain.stages.sft import SftObjective
 from posttrain.training import Learner, OptimiserOptions, Scored
 
-_JUDGED = 5  # records on which the layers are judged: each costs a pass for every layer
-
 
 @dataclass(frozen=True, slots=True)
 class DistillOptions:
-    """layers: how many of the teacher's layers the student keeps: those that its answers need most (`policy.importance`);
+    """layers: how many of the teacher's layers the student keeps: those that its answers need most (`policy.importance`), as `judged`
+    records, evenly spread, tell (a few do not tell which of the middle ones);
     width: neurons that each layer's MLP keeps (null: all); refit: ridge of the least-squares fit of what is kept to the teacher's states
     (see `policy.refit`; 0: not done, which a width does not allow); fitted: how many records, evenly spread, the fit reads, all at once
     (null: all of them);
@@ -45,6 +44,7 @@ class DistillOptions:
     drown what differs; smaller packs share less."""
 
     layers: Annotated[int, Field(ge=2)] = 16
+    judged: Count = 20
     width: Annotated[int, Field(ge=1)] | None = None
     refit: NonNegative = 0.1
     fitted: Count | None = None
@@ -105,7 +105,10 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     locked = fingerprint(teacher.base)
     check(options, teacher.config)
     check_layers(options, teacher)
-    kept = _kept(options, teacher, taught)
+    importance = layer_importance(teacher, _one_pack(taught, options.judged))
+    kept = most_important(importance, options.layers)
+    bench.log("layers", -1, 1, {f"nats_{layer}": nats for layer, nats in enumerate(importance)})
+    bench.log("layers", -1, 1, {f"kept_{layer}": float(layer in kept) for layer in range(len(importance))})
     student = Policy(cut_layers(teacher.base, kept))
     check_student(student, teacher, kept)
     student.recompute = teacher.recompute
@@ -135,10 +138,6 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
             "the teacher changed while it taught", where="distill", remedy="this is a defect: report it with the run folder"
         )
     return student
-
-
-def _kept(options: DistillOptions, teacher: Policy, taught: Sequence[Rendered]) -> tuple[int, ...]:
-    return most_important(layer_importance(teacher, _one_pack(taught, _JUDGED)), options.layers)
 
 
 def _one_pack(taught: Sequence[Rendered], most: int | None) -> Pack:
