@@ -20,10 +20,12 @@ from posttrain.data.records import Message, ToolSpec
 from posttrain.errors import GrammarError
 from posttrain.grammar import json_grammar, shown, turn_grammar
 from posttrain.grammar.evidence import Evidence, bound, bound_tools, whole_words
+from posttrain.grammar.months import months
 from posttrain.worlds.finance_ops.answers import SCHEMA
 from posttrain.worlds.finance_ops.toolspecs import TOOLS
 
 REF = {"type": "string", "pattern": "^[A-Z]{2,4}-[0-9]{3,6}$", "x-grounded": True}
+PERIOD = {"type": "string", "pattern": "^20[0-9]{2}-(0[1-9]|1[0-2])$", "x-grounded": True}
 AMOUNT = {"type": "string", "pattern": r"^-?[0-9]{1,10}\.[0-9]{2}$", "x-grounded": True}
 
 
@@ -49,6 +51,48 @@ def values(schema: dict[str, Any], *evidence: str) -> list[str] | None:
 )
 def test_amounts_are_read_as_people_write_them(text: str, amounts: list[str] | None) -> None:
     assert values(AMOUNT, text) == amounts
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("the budget of May 2026", ["2026-05"]),
+        ("Sept. 2026 or DECEMBER, 2027", ["2026-09", "2027-12"]),
+        ("due 14 May 2026, or May 14th, 2026", ["2026-05"]),
+        ("2026 March", ["2026-03"]),
+        ("for 05/2026 and 7.2026", ["2026-05", "2026-07"]),
+        ("2026/5, then 2027-11", ["2027-11", "2026-05"]),
+        ('{"due":"2026-05-14","ref":"JE-2027"}', ["2026-05"]),
+        ("am 14.05.2026", ["2026-05"]),
+        ("on 04/05/2026", ["2026-05", "2026-04"]),  # either reading
+        ("2026年5月的账单", ["2026-05"]),
+        ("the bills of last month, and of May", None),
+        ("in 2026, may we pay?", None),
+        ("INV-2026-05 of 13/2026", None),
+        ("20260514 or 1.052026", None),
+    ],
+)
+def test_months_are_read_as_people_write_them(text: str, named: list[str] | None) -> None:
+    found = values(PERIOD, text)
+    assert (None if found is None else sorted(found)) == (None if named is None else sorted(named))
+
+
+@given(st.text(alphabet="may 2026-05/.,年月th", max_size=60))
+def test_a_month_is_found_in_any_text_in_its_form(text: str) -> None:
+    assert all(re.fullmatch(r"(19|20)\d\d-(0[1-9]|1[0-2])", month) for month in months(text))
+
+
+def test_a_long_text_is_read_for_months_at_once() -> None:
+    start = time.thread_time()
+    assert set(months("may " * 50_000 + " " * 50_000 + "may 2026")) == {"2026-05"}
+    assert time.thread_time() - start < 5
+
+
+def test_a_period_that_nobody_named_cannot_be_written() -> None:
+    (query,) = bound_tools([tool for tool in TOOLS if tool.name == "query_erp"], ["system", "which bills has Ash & Co sent?"])
+    assert query.parameters["properties"]["period"] is False
+    names = {tool.name for tool in bound_tools(TOOLS, ["is Campus Events over its budget?"])}
+    assert "budget_status" not in names and "search_policy" in names
 
 
 def test_references_are_whole_words() -> None:

@@ -1,9 +1,9 @@
 """Values that must have been seen: a schema's `x-grounded` strings become the values that the conversation holds.
 
-A reference, a name, an approval token or an amount that nobody mentioned is an invention, whatever its form. A string property with
-`"x-grounded": true` may therefore only take what the model was shown: with a `pattern`, the words that match it (numbers are read
-without their thousands separators); without one, any run of up to eight words of a message, or a whole value of a tool's JSON
-result. `"x-grounded": ["none"]` names values that need no evidence.
+A reference, a name, an approval token, a month or an amount that nobody mentioned is an invention, whatever its form. A string property
+with `"x-grounded": true` may therefore only take what the model was shown: with a `pattern`, the words that match it (numbers are read
+without their thousands separators, months and dates also as the month, `2026-05`); without one, any run of up to eight words of a
+message, or a whole value of a tool's JSON result. `"x-grounded": ["none"]` names values that need no evidence.
 
 Where nothing fits, the part that needs a value cannot be written: an optional property is left out, an array stays empty, a tool
 whose required argument has no value cannot be called.
@@ -25,6 +25,7 @@ import regex
 
 from posttrain.data.records import Message, ToolSpec
 from posttrain.errors import GrammarError
+from posttrain.grammar.months import months
 
 KEYWORD = "x-grounded"
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name,
@@ -192,7 +193,10 @@ class Evidence:
                 raise regex.error(f"it is longer than {_LONGEST} characters")
             with self._spending():
                 pattern = regex.compile(whole_words(form))
-            return self._matches(pattern, texts) or self._matches(pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts])
+            named = [month for text in self._all for month in months(text)]
+            return self._matches(pattern, [*texts, *named]) or self._matches(
+                pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts]
+            )
         except regex.error as error:
             what, remedy = f"its pattern cannot be searched for ({error})", "correct the pattern"
         except TimeoutError:

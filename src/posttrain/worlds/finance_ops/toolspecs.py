@@ -26,9 +26,9 @@ TABLES = tuple(PREFIXES.values())
 READ_TOOLS = ("query_erp", "cash_position", "ageing", "budget_status", "search_policy")
 RISKY_TOOLS = ("post_entry", "transfer_funds")
 
-# Grounded: names, references, tokens, accounts and amounts must have been seen in the conversation (grammar/evidence.py).
+# Grounded: names, references, tokens, accounts, amounts and periods must have been seen in the conversation (grammar/evidence.py).
 _TEXT = {"type": "string", "minLength": 1, "maxLength": 60, "x-grounded": True}
-_PERIOD = {"type": "string", "pattern": r"^20[0-9]{2}-(0[1-9]|1[0-2])$"}
+_PERIOD = {"type": "string", "pattern": r"^20[0-9]{2}-(0[1-9]|1[0-2])$", "x-grounded": True}
 _AMOUNT = {"type": "string", "pattern": AMOUNT_PATTERN.replace("-?", ""), "x-grounded": ["0.00"]}
 _ACCOUNT = {"type": "string", "pattern": r"^([0-9]{4}|none)$", "x-grounded": [NO_ACCOUNT]}
 
