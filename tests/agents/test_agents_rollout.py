@@ -183,11 +183,12 @@ def test_a_malformed_call_ends_the_episode_and_executes_nothing() -> None:
     assert "<tool_call>{broken" in episode.messages[-1].content
 
 
+@pytest.mark.parametrize("stop", [StopReason.LENGTH, StopReason.CLOSED])
 @pytest.mark.parametrize("text", [call("add", by=1), call("add", by=1)[:-5], "half an ans"])
-def test_what_was_cut_by_length_is_never_executed(text: str) -> None:
-    setting = Setting(lambda *_: sampled(encode(text), StopReason.LENGTH))
+def test_what_was_cut_by_length_is_never_executed(text: str, stop: StopReason) -> None:
+    setting = Setting(lambda *_: sampled(encode(text), stop))
     (episode,) = setting.play(ask())
-    assert episode.stop is StopReason.LENGTH
+    assert episode.stop is stop
     assert setting.world.executed == []
     assert episode.outcomes == ()
     assert decode(episode.turns[0].ids) == text

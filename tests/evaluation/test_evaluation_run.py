@@ -137,6 +137,7 @@ def test_a_figure_nobody_showed_is_not_grounded() -> None:
         (call('{"key":1}'), StopReason.END_OF_TURN, False),
         (call(name="other"), StopReason.END_OF_TURN, False),
         (answer(), StopReason.LENGTH, False),
+        (answer(), StopReason.CLOSED, True),
         (call(), StopReason.MALFORMED_CALL, False),
     ],
 )
@@ -145,6 +146,12 @@ def test_a_free_turn_is_valid_only_when_it_ends_and_fits_its_schema(message: Mes
     assert turn_is_valid(t, episode(t, message, stop=stop)) is valid
     card = evaluate(suite(t), "c", [(t, episode(t, answer()), passed())], [(t, episode(t, message, stop=stop))])
     assert card.metrics["schema_validity_free"].value == float(valid)
+
+
+@pytest.mark.parametrize(("stop", "cut"), [(StopReason.LENGTH, 1), (StopReason.CLOSED, 1), (StopReason.END_OF_TURN, 0)])
+def test_what_the_budget_cut_is_counted_whether_it_was_closed_or_not(stop: StopReason, cut: float) -> None:
+    t = task()
+    assert evaluate(suite(t), "c", [(t, episode(t, answer(), stop=stop), passed())], []).metrics["truncated"].value == cut
 
 
 def test_samples_are_the_same_tasks_for_every_candidate() -> None:

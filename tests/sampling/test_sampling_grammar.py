@@ -180,3 +180,66 @@ def test_a_document_with_one_spelling_is_wholly_forced(engine: LocalSampler, con
 def test_padding_ids_of_the_vocabulary_are_never_drawn(engine: LocalSampler, contract: Contract, prompt: tuple[int, ...]) -> None:
     for got in sample(engine, prompt, turn_grammar([], None), SampleOptions(max_tokens=40, temperature=3.0)):
         assert max(got.ids) < contract.vocabulary_size
+
+
+WORDY: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "summary": {"type": "string", "minLength": 1, "maxLength": 400},
+        "figures": {
+            "type": "array",
+            "maxItems": 9,
+            "items": {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "account": {"enum": ["1001", "2002"]}},
+                "required": ["name", "account"],
+                "additionalProperties": False,
+            },
+        },
+        "steps": {"type": "array", "maxItems": 9, "items": {"type": "string"}},
+    },
+    "required": ["summary", "figures", "steps"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("limit", [60, 61, 75, 120])
+def test_what_would_run_into_its_limit_is_closed_in_time(
+    limit: int, engine: LocalSampler, contract: Contract, prompt: tuple[int, ...]
+) -> None:
+    options = SampleOptions(max_tokens=limit, temperature=1.0)
+    found = sample(engine, prompt, json_grammar(WORDY), options)
+    validator = jsonschema_rs.validator_for(WORDY)
+    for got in found:
+        assert got.stop in (StopReason.CLOSED, StopReason.END_OF_TURN) and len(got.ids) <= limit
+        assert got.ids[-1] == contract.end_of_turn
+        assert validator.is_valid(json.loads(contract.parse(got.ids).content))
+    closed = [got for got in found if got.stop is StopReason.CLOSED]
+    assert closed  # noise has no reason to end
+    for got in closed:  # what the model chose stays as long as the rest has room
+        written = len(got.ids) - got.forced[::-1].index(False)
+        assert written > limit - 60 and got.forced[-1]
+    free = sample(engine, prompt, json_grammar(WORDY), SampleOptions(max_tokens=400, temperature=1.0))
+    for got, longer in zip(found, free, strict=True):  # and is what it would have chosen without a limit
+        same = got.ids == longer.ids if got.stop is StopReason.END_OF_TURN else True
+        assert same and got.ids[: limit - 60] == longer.ids[: limit - 60]
+
+
+def test_a_call_is_closed_in_time_too(engine: LocalSampler, contract: Contract, prompt: tuple[int, ...]) -> None:
+    find = ToolSpec("find", "Finds.", {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]})
+    found = sample(engine, prompt, turn_grammar([find], None, max_calls=1), SampleOptions(max_tokens=48, temperature=1.0))
+    closed = [got for got in found if got.stop is StopReason.CLOSED]
+    for got in closed:
+        (call,) = contract.parse(got.ids).tool_calls
+        assert call.name == "find" and isinstance(json.loads(call.arguments)["query"], str)
+
+
+def test_what_has_nothing_open_and_what_has_no_room_is_cut(
+    engine: LocalSampler, contract: Contract, prompt: tuple[int, ...]
+) -> None:
+    few = SampleOptions(max_tokens=6, temperature=1.0)
+    for grammar in (Grammar("start: /[a-z ]*/"), json_grammar(WORDY)):
+        for got in sample(engine, prompt, grammar, few):
+            assert got.stop in (StopReason.LENGTH, StopReason.END_OF_TURN)
+            if got.stop is StopReason.LENGTH:
+                assert len(got.ids) == 6 and contract.end_of_turn not in got.ids

@@ -154,6 +154,13 @@ def test_a_length_stop_is_a_prefix_whose_calls_are_never_run() -> None:
     assert result == Completion(Message("assistant", CALL), Finish.LENGTH, 6, len(CALL))
 
 
+def test_an_answer_that_its_grammar_closed_is_whole_and_says_that_it_was_cut() -> None:
+    said = '{"a":1}'
+    engine = ContractEngine(ByteContract(), ScriptedSampler(lambda _prompt: said + "\x00", StopReason.CLOSED), context=500)
+    (result,) = complete(engine, [ask(response_schema={"type": "object"})])
+    assert isinstance(result, Completion) and (result.message.content, result.finish) == (said, Finish.LENGTH)
+
+
 def test_stop_texts_cut_the_content_and_what_follows_it() -> None:
     assert answer("one END two", ask(stop=("zzz", " END"))).message.content == "one"  # type: ignore[attr-defined]
     cut = answer(f"one END{CALL}", ask(tools=(TOOL,), stop=("END",)))

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from posttrain.data.records import StopReason
 from posttrain.errors import BindingError, SamplerError
 from posttrain.grammar import json_grammar
 from posttrain.grammar.matcher import GrammarEngine
@@ -88,7 +89,9 @@ def test_a_grammar_travels_with_the_request_and_forced_tokens_are_marked_as_here
     local = LocalSampler(policy(), END, engine()).sample(asked(grammar=GRAMMAR))
     assert any(any(sample.forced) for sample in local)
     for ours, theirs in zip(local, remote(url).sample(asked(grammar=GRAMMAR)), strict=True):
-        assert (theirs.ids, theirs.forced) == (ours.ids, ours.forced)
+        assert theirs.ids == ours.ids
+        assert all(here or not there for here, there in zip(ours.forced, theirs.forced, strict=True))
+        assert theirs.forced == ours.forced or ours.stop is StopReason.CLOSED  # how it was closed, only the engine knows
 
 
 def adapter(folder: Path, seed: int) -> Path:
@@ -192,6 +195,12 @@ def test_a_server_that_does_not_answer_in_time_is_an_error_that_says_so() -> Non
 def test_a_server_that_is_not_there_is_an_error_that_says_so() -> None:
     with pytest.raises(SamplerError, match="cannot be reached"):
         remote("http://127.0.0.1:9").sample([SampleRequest((3, 4), 0)])
+
+
+def test_what_ends_its_turn_at_the_limit_was_closed_by_its_grammar() -> None:
+    for ids, stop in (([3, END], StopReason.CLOSED), ([3, 4], StopReason.LENGTH)):
+        with answering(lambda ids=ids: choice(ids)) as url:  # type: ignore[misc]
+            assert remote(url).sample([SampleRequest((3, 4), 0)])[0].stop is stop
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,7 @@ class StopReason(StrEnum):
 
     END_OF_TURN = "end_of_turn"  # the model closed its turn
     LENGTH = "length"  # token budget spent: what was written is a prefix and is never executed
+    CLOSED = "closed"  # token budget near its end: the grammar ended what was begun, whole in form only, and it is never executed
     MAX_TURNS = "max_turns"  # the agent's turn budget is spent
     MALFORMED_CALL = "malformed_call"  # the turn looks like a tool call but does not parse
     DENIED = "denied"  # the guard refused a call and the agent does not continue
@@ -125,7 +126,8 @@ class Turn:
     """One model turn as sampled. `ids` and `logprobs` are the truth; `message` is what they parse to.
 
     `logprobs[i]` is log pi(ids[i] | everything before) under the untempered, unmasked distribution; `sampled_logprobs[i]` under
-    the one sampled from (temperature, truncation, grammar). `forced[i]` marks tokens the grammar left no choice about.
+    the one sampled from (temperature, truncation, grammar). `forced[i]` marks tokens the grammar left no choice about, or
+    closed the turn with.
     """
 
     prompt_length: int

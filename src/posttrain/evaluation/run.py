@@ -66,7 +66,7 @@ def episode_outcomes(task: Task, episode: Episode, judgement: Judgement | None) 
             all(_turn_valid(task, turn.message, turn.stop) for turn in episode.turns) and bool(episode.turns)
         ),
         "mean_length": float(episode.sampled_tokens),
-        "truncated": float(episode.stop is StopReason.LENGTH),
+        "truncated": float(episode.stop in (StopReason.LENGTH, StopReason.CLOSED)),
         "unscored": float(judgement is None),
         "episode_s": episode.seconds,
     }
@@ -103,7 +103,7 @@ def turn_is_valid(task: Task, episode: Episode) -> bool:
 
 
 def _turn_valid(task: Task, message: Message, stop: StopReason, episode_stop: StopReason | None = None) -> bool:
-    if stop is not StopReason.END_OF_TURN or episode_stop is StopReason.MALFORMED_CALL:
+    if stop not in (StopReason.END_OF_TURN, StopReason.CLOSED) or episode_stop is StopReason.MALFORMED_CALL:
         return False
     if not message.tool_calls:
         return task.response_schema is None or _valid(task.response_schema, message.content)

@@ -7,11 +7,12 @@ come next. V is the model's padded vocabulary size, which is not the tokenizer's
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ Mask = NDArray[np.int32]
 _ALL = np.int32(-1)
 _COMPILED = 512  # compiled grammars kept per process
 _TOKENIZERS = 8
+_QUOTE, _BRACKETS, _LETTER = re.compile(rb'"[\]}]*'), re.compile(rb"[\[{]?[\]}]+"), re.compile(rb"[a-z]")
 _PARALLEL = 32  # rows from which handing them to threads costs less than it saves
 
 
@@ -75,6 +77,29 @@ class Matcher:
         fill_next_token_bitmask(self._inner, mask, 0)
         _check_filled(self, mask[0])
 
+    def copy(self) -> Matcher:
+        """Another matcher at the same place."""
+        return Matcher(self._inner.deep_copy())
+
+    def way_out(self, closers: Closers, most: int) -> list[int] | None:
+        """Tokens that make a whole sentence of what was consumed so far, empty where it is one; None where `most` tokens do not. What is
+        open is closed; where a value must come first, it is some value that the grammar allows."""
+        rest, way = self.copy(), list[int]()
+        mask = np.zeros((1, len(closers.quotes)), np.int32)
+        while not rest.is_accepting:
+            run = rest.forced_run()
+            if not run:
+                fill_next_token_bitmask(rest._inner, mask, 0)
+                if closers.ends(mask[0]):
+                    break
+                run = closers.best(mask[0])
+            if not run or rest.error or len(way) + len(run) > most:
+                return None
+            for token in run:
+                rest.consume(token)
+            way += run
+        return way
+
     @property
     def is_accepting(self) -> bool:
         """What was consumed so far is a whole sentence of the grammar."""
@@ -89,6 +114,30 @@ class Matcher:
     def error(self) -> str:
         """Why the matcher is broken, or ''. A broken matcher would silently allow the end of the turn, so it must be asked."""
         return _first_line(self._inner.get_error()) if self._inner.is_error() else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Closers:
+    """The tokens that close JSON, int32 [ceil(V / 32)] each: a quote with brackets behind it or none, and brackets alone. Within a string
+    brackets are letters like others, and at an array's first place a quote opens one: where letters may come, it is a string."""
+
+    quotes: Mask
+    brackets: Mask
+    letters: Mask
+    end: int
+
+    def ends(self, mask: Mask) -> bool:
+        """Whether the end of the turn may come."""
+        return bool(mask[self.end // 32] >> (self.end % 32) & 1)
+
+    def best(self, mask: Mask) -> list[int]:
+        """What closes the most, else any token that the mask allows, if there is one: the last of tokens that are as good, since later
+        merges are longer, and the first of those that open something."""
+        within = (mask & self.letters).any()
+        for kind in (self.quotes, self.brackets) if within else (self.brackets, self.quotes):
+            if closing := _edge(mask & kind, -1):
+                return closing
+        return _edge(mask, 0)
 
 
 class GrammarEngine:
@@ -122,6 +171,19 @@ class GrammarEngine:
         self.vocab_size, self.eos_id = vocab_size, eos_id
         self.tokenizer_hash = hashlib.sha256(f"{vocab_size} {eos_id} {backend.to_str()}".encode()).hexdigest()
         self._tokenizer = _TOKENIZER_CACHE.get_or_make((self.tokenizer_hash,), lambda: _build(tokenizer, vocab_size, eos_id))
+
+    @cached_property
+    def closers(self) -> Closers:
+        """What closes a JSON value that is open."""
+        decode = self._tokenizer.decode_bytes
+        texts = [decode([token]) for token in range(self._tokenizer.vocab_size)]
+
+        def those(form: re.Pattern[bytes]) -> Mask:
+            bits = np.zeros(32 * ((self.vocab_size + 31) // 32), np.uint8)
+            bits[[token for token, text in enumerate(texts) if form.fullmatch(text)]] = 1
+            return np.packbits(bits, bitorder="little").view(np.int32)
+
+        return Closers(those(_QUOTE), those(_BRACKETS), those(_LETTER), self.eos_id)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A fresh matcher at the start of the grammar. Raises GrammarError when it does not compile."""
@@ -173,6 +235,15 @@ def allowed_counts(mask: Mask) -> NDArray[np.int64]:
 def forced_rows(mask: Mask) -> NDArray[np.bool_]:
     """Rows that leave no choice, bool [B]: such a token says nothing about the policy that emits it."""
     return np.asarray(allowed_counts(mask) == 1)
+
+
+def _edge(mask: Mask, place: int) -> list[int]:
+    """The first (0) or the last (-1) token that a mask [ceil(V / 32)] allows, if there is one."""
+    (words,) = mask.nonzero()
+    if not len(words):
+        return []
+    word = int(mask.view(np.uint32)[words[place]])
+    return [32 * int(words[place]) + (word if place else word & -word).bit_length() - 1]
 
 
 class _Cache:

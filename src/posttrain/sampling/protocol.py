@@ -62,7 +62,7 @@ class Sample:
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # under the full, untempered distribution
     sampled_logprobs: tuple[float, ...]  # under the distribution drawn from
-    forced: tuple[bool, ...]  # the grammar allowed exactly one token here
+    forced: tuple[bool, ...]  # the grammar allowed exactly one token here, or closed the turn with it
     stop: StopReason
 
 

@@ -17,6 +17,8 @@ from posttrain.grammar.matcher import GrammarEngine, Matcher, allowed_counts
 from posttrain.sampling.draw import Allowed, draw, uniforms
 from posttrain.sampling.protocol import Sample, SampleRequest
 
+_LATE = 64  # tokens before a request's end from which it is watched whether a row under a grammar can still end
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -42,6 +44,13 @@ class Row:
     drawn: list[float] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
+    look: int = _LATE  # tokens left at which it is next asked how the turn could still end; -1: no more
+    closed: bool = False  # the grammar ended the turn, not the model
+
+    @property
+    def left(self) -> int:
+        """Tokens that the request still allows."""
+        return self.request.options.max_tokens - len(self.ids)
 
     def add(self, token: int, full: float, drawn: float, forced: bool) -> None:
         self.ids.append(token)
@@ -223,16 +232,48 @@ class Run(ABC):
         return Allowed(bits, vocabulary), {i for i, m in enumerate(matchers) if m is not None and counts[i] == 1}, broken
 
     def _append(self, row: Row, token: int, full: float, drawn: float, forced: bool) -> None:
-        row.add(token, full, drawn, forced)
+        """Add a drawn token and what the grammar then forces. Near the request's end, where no whole sentence could follow it any more, the
+        shortest way to one takes its place."""
         if row.matcher is None or token == self.drawing.end_of_turn:
+            row.add(token, full, drawn, forced)
             return
-        row.matcher.consume(token)
-        if self.options.jump:
-            for extra in row.matcher.forced_run():
-                if extra == self.drawing.end_of_turn or len(row.ids) >= row.request.options.max_tokens:
-                    break
-                row.matcher.consume(extra)
+        before = row.matcher.copy() if row.left <= _LATE else None
+        run = self._advance(row.matcher, token, row.left)
+        if before is not None and (way := self._way_instead(row, before, row.left - len(run), len(run) > 1)):
+            row.matcher, row.closed = before, True
+            for extra in (*way, self.drawing.end_of_turn):
                 row.add(extra, 0.0, 0.0, True)
+            return
+        row.add(token, full, drawn, forced)
+        for extra in run[1:]:
+            row.add(extra, 0.0, 0.0, True)
+
+    def _advance(self, matcher: Matcher, token: int, left: int) -> list[int]:
+        """The token and what is forced after it, at most `left` in all, consumed."""
+        run = [token]
+        matcher.consume(token)
+        if self.options.jump:
+            for extra in matcher.forced_run():
+                if extra == self.drawing.end_of_turn or len(run) >= left:
+                    break
+                matcher.consume(extra)
+                run.append(extra)
+        return run
+
+    def _way_instead(self, row: Row, before: Matcher, left: int, turned: bool) -> list[int]:
+        """The tokens to close with from `before` when, after what the row's matcher consumed since, `left` tokens hold no way out and its
+        end any more; else none. To find a way costs as much as choosing several tokens: a row is looked at where something was opened or
+        closed (`turned`), and else when half of what its way left over is spent."""
+        assert row.matcher is not None and self.drawing.grammar is not None
+        if row.look < 0 or not (turned or left <= row.look or not self.options.jump):
+            return []
+        closers = self.drawing.grammar.closers
+        way = row.matcher.way_out(closers, left - 1) if left > 0 else None
+        if way is not None:
+            row.look = left - (left - 1 - len(way)) // 2
+            return []
+        row.look = -1
+        return before.way_out(closers, row.left - 1) or []
 
     def _retire(self) -> None:
         for place in range(len(self.rows) - 1, -1, -1):
@@ -241,7 +282,8 @@ class Run(ABC):
                 done = bool(row.ids) and row.ids[-1] == self.drawing.end_of_turn
                 if not done and len(row.ids) < row.request.options.max_tokens:
                     continue
-                self.results[row.index] = row.finish(StopReason.END_OF_TURN if done else StopReason.LENGTH)
+                ended = StopReason.CLOSED if row.closed else StopReason.END_OF_TURN
+                self.results[row.index] = row.finish(ended if done else StopReason.LENGTH)
             self._remove(place)
 
     def _remove(self, place: int) -> None:

@@ -145,7 +145,9 @@ class ServerSampler:
             drawn = [0.0] * len(ids)
         else:
             drawn = logprobs if plain and request.grammar is None else [math.nan] * len(ids)
-        return Sample(tuple(ids), tuple(logprobs), tuple(drawn), forced, StopReason.END_OF_TURN if ended else StopReason.LENGTH)
+        closed = ids[-1:] == [self.end_of_turn]
+        cut = StopReason.CLOSED if closed else StopReason.LENGTH
+        return Sample(tuple(ids), tuple(logprobs), tuple(drawn), forced, StopReason.END_OF_TURN if ended else cut)
 
     def _model(self, adapter: str | None) -> str:
         if adapter is None:

@@ -142,8 +142,9 @@ class ContractEngine:
         return Completion(message, Finish.TOOL_CALLS if message.tool_calls else Finish.STOP, *counts)
 
     def _prefix(self, request: CompletionRequest, sample: Sample, counts: tuple[int, int]) -> Completion:
-        """An answer cut by its budget: its text as it stands and no calls, unless a stop text came first."""
-        text = self.contract.decode(sample.ids)
+        """An answer cut by its budget: its text as it stands and no calls, unless a stop text came first. One that its grammar closed is
+        whole in form."""
+        text = self.contract.decode(sample.ids[:-1] if sample.stop is StopReason.CLOSED else sample.ids)
         content, _, _ = text.partition(CALL_OPEN)
         message, was_cut = _cut(Message("assistant", content), request.stop)
         return (
