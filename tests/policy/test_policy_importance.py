@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posttrain.errors import BaseModelError
 from posttrain.policy import Pack, Policy, cut_layers
 from posttrain.policy.importance import layer_importance, most_important
+from posttrain.policy.refit import fit_layer
 from tiny_models import random_ids, sequence, tiny_model
 
 RNG = random.Random(5)
@@ -33,6 +35,41 @@ def test_a_layers_importance_is_the_divergence_of_the_model_that_lacks_it(family
     without = [Policy(cut_layers(policy.base, keep)) for keep in ((1, 2), (0, 2), (0, 1))]
     assert found == pytest.approx([divergence(policy, student) for student in without], rel=1e-3)
     assert not any(layer._forward_hooks for layer in policy.base.base_model.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@torch.no_grad()
+def test_after_a_fit_it_is_the_divergence_of_a_model_whose_next_layer_was_fitted(family: str) -> None:
+    policy = Policy(tiny_model(family))
+    before = policy.fingerprint
+    found = layer_importance(policy, PACK, ridge=0.1)
+    policy._fingerprint = None
+    assert policy.fingerprint == before
+    assert not any(layer._forward_hooks or layer.mlp._forward_hooks for layer in policy.base.base_model.layers)
+    _, states = policy.states(PACK, (1, 2))
+    wanted = []
+    for kept, place, state in (((1, 2), 0, states[0]), ((0, 2), 1, states[1]), ((0, 1), 1, states[1])):
+        student = Policy(cut_layers(policy.base, kept))
+        hooks = fit_layer(student.base.base_model.layers[place], state, 0.1)
+        student.hidden(PACK)
+        for hook in hooks:
+            hook.remove()
+        wanted.append(divergence(policy, student))
+    assert found == pytest.approx(wanted, rel=1e-3)
+    assert all(fit < skip for fit, skip in zip(found, layer_importance(policy, PACK), strict=True))
+
+
+def test_layers_that_cannot_be_fitted_are_refused_before_anything_is_computed() -> None:
+    policy = Policy(tiny_model("gemma3"))
+    with pytest.raises(BaseModelError, match="cannot be refitted"):
+        layer_importance(policy, PACK, ridge=0.1)
+    assert len(layer_importance(policy, PACK)) == len(policy.base.base_model.layers)
+
+
+def test_neighbours_of_which_each_was_fitted_to_do_without_the_other_go_together() -> None:
+    importance = [9.0, 0.1, 0.2, 0.3, 5.0, 0.4]
+    assert most_important(importance, 4, apart=False) == (0, 3, 4, 5)
+    assert most_important(importance, 2, apart=False) == (0, 4)
 
 
 def test_what_comes_before_a_layer_is_computed_once_for_all() -> None:

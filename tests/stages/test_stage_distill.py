@@ -172,13 +172,21 @@ def test_the_log_says_what_each_layer_is_worth_and_which_stay(shop: Shop) -> Non
         assert torch.allclose(own.self_attn.q_proj.weight, weight, rtol=5e-3)  # stored in bfloat16
 
 
-def test_the_layers_are_judged_on_records_from_all_of_them(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("ridge", [0.0, 0.02])
+def test_the_layers_are_judged_on_records_from_all_of_them_after_the_fit_that_the_student_gets(
+    ridge: float, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sequences = taught(shop)
-    read: list[tuple[int, ...]] = []
+    asked: list[tuple[list[int], float]] = []
     judge = distill.layer_importance
-    monkeypatch.setattr(distill, "layer_importance", lambda teacher, pack: read.append(pack.lengths) or judge(teacher, pack))
-    distill.run(replace(OPTIONS, judged=4, epochs=0.5), sequences, shop.bench())
-    assert [sorted(own) for own in read] == [sorted(len(sequence) for sequence in sequences[::2])]
+
+    def noted(teacher: Policy, pack: Pack, ridge: float) -> list[float]:
+        asked.append((sorted(pack.lengths), ridge))
+        return judge(teacher, pack, ridge)
+
+    monkeypatch.setattr(distill, "layer_importance", noted)
+    distill.run(replace(OPTIONS, judged=4, refit=ridge, epochs=0.5), sequences, shop.bench())
+    assert asked == [(sorted(len(sequence) for sequence in sequences[::2]), ridge)]
 
 
 def test_the_fit_reads_as_many_records_as_it_is_told_evenly_spread(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

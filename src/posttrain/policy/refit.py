@@ -49,7 +49,7 @@ def refit(
     fitted = [place for place, layer in enumerate(met) if layer != place or width is not None]
     _, targets = teacher.states(pack, [met[place] for place in fitted])
     left: list[float] = []
-    hooks = [_install(layers[place], target, ridge, width, left) for place, target in zip(fitted, targets, strict=True)]
+    hooks = [fit_layer(layers[place], target, ridge, width, left) for place, target in zip(fitted, targets, strict=True)]
     try:
         student.hidden(pack)
     finally:
@@ -81,8 +81,11 @@ def check_refit(policy: Policy, where: str = "distill.refit") -> None:
             )
 
 
-def _install(layer: Any, target: Tensor, ridge: float, width: int | None, left: list[float]) -> tuple[Any, Any]:
-    """Hooks that refit the layer as the forward pass reaches it and pass on what it then computes."""
+def fit_layer(
+    layer: Any, target: Tensor, ridge: float, width: int | None = None, left: list[float] | None = None
+) -> tuple[Any, Any]:
+    """Hooks that fit the layer to the states target [T, H] as a forward pass over one pack reaches it, see `refit`, and pass on what it
+    then computes. What remains is appended to `left`."""
     seen: dict[str, Tensor] = {}
 
     def mlp_hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -91,7 +94,8 @@ def _install(layer: Any, target: Tensor, ridge: float, width: int | None, left: 
     def layer_hook(module: Any, inputs: object, output: Any) -> Any:
         state = output[0] if isinstance(output, tuple) else output
         neurons, change, remaining = _solve(layer.mlp, seen["input"], state[0], target, ridge, width)
-        left.append(remaining)
+        if left is not None:
+            left.append(remaining)
         better = state.clone()
         for block in _blocks(len(target)):
             better[0, block] += (_inner(layer.mlp, seen["input"][block]).float() @ change.t()).to(state.dtype)
