@@ -191,8 +191,8 @@ WORDY: dict[str, Any] = {
             "maxItems": 9,
             "items": {
                 "type": "object",
-                "properties": {"name": {"type": "string"}, "account": {"enum": ["1001", "2002"]}},
-                "required": ["name", "account"],
+                "properties": {"name": {"type": "string"}, "note": {"type": "string"}},
+                "required": ["name"],
                 "additionalProperties": False,
             },
         },
@@ -221,17 +221,36 @@ def test_what_would_run_into_its_limit_is_closed_in_time(
         assert written > limit - 60 and got.forced[-1]
     free = sample(engine, prompt, json_grammar(WORDY), SampleOptions(max_tokens=400, temperature=1.0))
     for got, longer in zip(found, free, strict=True):  # and is what it would have chosen without a limit
-        same = got.ids == longer.ids if got.stop is StopReason.END_OF_TURN else True
-        assert same and got.ids[: limit - 60] == longer.ids[: limit - 60]
+        assert got.ids[: limit - 60] == longer.ids[: limit - 60]
+
+
+def test_what_fits_stays_as_it_is(engine: LocalSampler, prompt: tuple[int, ...]) -> None:
+    short = {"type": "object", "properties": {"a": {"type": "array", "items": {"enum": ["ledger", "policy"]}, "maxItems": 4}}}
+    grammar = json_grammar({**short, "required": ["a"], "additionalProperties": False})
+    free = sample(engine, prompt, grammar, SampleOptions(max_tokens=400, temperature=1.0))
+    assert {got.stop for got in free} == {StopReason.END_OF_TURN} and len({len(got.ids) for got in free}) > 1
+    for limit in sorted({len(got.ids) for got in free}):
+        found = sample(engine, prompt, grammar, SampleOptions(max_tokens=limit, temperature=1.0))
+        kept = [got.ids == longer.ids for got, longer in zip(found, free, strict=True) if len(longer.ids) <= limit]
+        assert all(kept) and kept
 
 
 def test_a_call_is_closed_in_time_too(engine: LocalSampler, contract: Contract, prompt: tuple[int, ...]) -> None:
     find = ToolSpec("find", "Finds.", {"type": "object", "properties": {"query": {"type": "string"}}, "required": ["query"]})
-    found = sample(engine, prompt, turn_grammar([find], None, max_calls=1), SampleOptions(max_tokens=48, temperature=1.0))
+    must = turn_grammar([find], {"enum": [1]}, max_calls=1)
+    found = sample(engine, (*prompt, *contract.encode("<tool_call>")), must, SampleOptions(max_tokens=64, temperature=1.0))
     closed = [got for got in found if got.stop is StopReason.CLOSED]
     for got in closed:
         (call,) = contract.parse(got.ids).tool_calls
         assert call.name == "find" and isinstance(json.loads(call.arguments)["query"], str)
+
+
+def test_no_value_is_invented_to_close_an_answer(engine: LocalSampler, contract: Contract, prompt: tuple[int, ...]) -> None:
+    """Where a required value is missing there is no way out, and what was begun is cut."""
+    schema = {"type": "object", "properties": {"note": {"type": "string"}, "account": {"enum": ["1001", "2002"]}}}
+    grammar = json_grammar({**schema, "required": ["note", "account"], "additionalProperties": False})
+    for got in sample(engine, prompt, grammar, SampleOptions(max_tokens=40, temperature=1.0)):
+        assert got.stop in (StopReason.LENGTH, StopReason.END_OF_TURN)
 
 
 def test_what_has_nothing_open_and_what_has_no_room_is_cut(

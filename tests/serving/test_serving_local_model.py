@@ -192,15 +192,16 @@ def test_a_budget_that_cuts_json_is_a_length_stop(real: House) -> None:
 
 def test_json_that_a_budget_would_cut_is_closed_and_still_a_length_stop(real: House) -> None:
     schema = {
-        "type": "object", "properties": {"note": {"type": "string", "minLength": 1}, "done": {"type": "boolean"}},
-        "required": ["note", "done"], "additionalProperties": False,
+        "type": "object",
+        "properties": {"note": {"type": "string", "minLength": 1}, "tags": {"type": "array", "items": {"type": "string"}}},
+        "required": ["note", "tags"], "additionalProperties": False,
     }  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
     found = [real.say(f"Cash {n}?", response_format=form, max_tokens=40, temperature=1.0, seed=n).choices[0] for n in range(6)]
     cut = [choice for choice in found if choice.finish_reason == "length"]
     assert cut
     for choice in cut:
-        assert set(json.loads(choice.message.content or "")) == {"note", "done"}
+        assert set(json.loads(choice.message.content or "")) == {"note", "tags"}
 
 
 def test_a_schema_that_cannot_be_enforced_reaches_the_client_with_its_keyword(real: House, tmp_path: Path) -> None:

@@ -103,8 +103,8 @@ def run_judged(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[tuple[Episode, Judgement | None]]:
-    """`run_episodes`, each episode judged by its task's verifier in the world as it left it. None: it could not be judged, the log says
-    why.
+    """`run_episodes`, each episode judged by its task's verifier in the world as it left it; what the budget cut has not passed. None: it
+    could not be judged, the log says why.
 
     Verifiers are the world's, and `expected`. Raises VerifierError for a task that names another, before anything is sampled.
     """
@@ -116,7 +116,9 @@ def run_judged(
 
     def judge(task: Task, episode: Episode, environment: Environment | None) -> tuple[Episode, Judgement | None]:
         try:
-            return episode, verifiers[task.verifier](task, episode, environment)
+            found = verifiers[task.verifier](task, episode, environment)
+            # half a sentence is no answer, though its grammar made JSON of it
+            return episode, replace(found, passed=False) if episode.stop.cut else found
         except VerifierError as error:
             _log.warning("could not be judged: %s", error)
         except Exception:  # what a model says is any text: a verifier that chokes on it must not end the other episodes

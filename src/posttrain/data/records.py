@@ -120,6 +120,11 @@ class StopReason(StrEnum):
     DENIED = "denied"  # the guard refused a call and the agent does not continue
     CANCELLED = "cancelled"  # the client went away
 
+    @property
+    def cut(self) -> bool:
+        """The budget ended what was said, whether or not the grammar closed it."""
+        return self in (StopReason.LENGTH, StopReason.CLOSED)
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:

@@ -66,7 +66,7 @@ def episode_outcomes(task: Task, episode: Episode, judgement: Judgement | None) 
             all(_turn_valid(task, turn.message, turn.stop) for turn in episode.turns) and bool(episode.turns)
         ),
         "mean_length": float(episode.sampled_tokens),
-        "truncated": float(episode.stop in (StopReason.LENGTH, StopReason.CLOSED)),
+        "truncated": float(episode.stop.cut),
         "unscored": float(judgement is None),
         "episode_s": episode.seconds,
     }

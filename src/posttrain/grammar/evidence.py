@@ -2,8 +2,8 @@
 
 A reference, a name, an approval token, a month or an amount that nobody mentioned is an invention, whatever its form. A string property
 with `"x-grounded": true` may therefore only take what the model was shown: with a `pattern`, the words that match it (numbers are read
-without their thousands separators, months and dates also as the month, `2026-05`); without one, any run of up to eight words of a
-message, or a whole value of a tool's JSON result. `"x-grounded": ["none"]` names values that need no evidence.
+without their thousands separators, and for a pattern of months alone, dates as their month, `2026-05`); without one, any run of up to
+eight words of a message, or a whole value of a tool's JSON result. `"x-grounded": ["none"]` names values that need no evidence.
 
 Where nothing fits, the part that needs a value cannot be written: an optional property is left out, an array stays empty, a tool
 whose required argument has no value cannot be called.
@@ -185,6 +185,10 @@ class Evidence:
     def _texts(self) -> list[tuple[str, Any]]:
         return [(text, _json(text)) for text in self._all]
 
+    @cached_property
+    def _months(self) -> list[str]:
+        return [month for text in self._all for month in months(text)]
+
     def _words(self, form: str, place: str) -> list[str]:
         # in JSON a comma parts values
         texts = [text if value is not None else _SEPARATOR.sub("", text) for text, value in self._texts]
@@ -193,8 +197,10 @@ class Evidence:
                 raise regex.error(f"it is longer than {_LONGEST} characters")
             with self._spending():
                 pattern = regex.compile(whole_words(form))
-            named = [month for text in self._all for month in months(text)]
-            return self._matches(pattern, [*texts, *named]) or self._matches(
+                monthly = bool(pattern.fullmatch("2026-05", timeout=self._left)) and not pattern.fullmatch(
+                    "2026-55", timeout=self._left
+                )
+            return self._matches(pattern, [*texts, *(self._months if monthly else ())]) or self._matches(
                 pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts]
             )
         except regex.error as error:

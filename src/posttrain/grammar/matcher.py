@@ -27,7 +27,9 @@ Mask = NDArray[np.int32]
 _ALL = np.int32(-1)
 _COMPILED = 512  # compiled grammars kept per process
 _TOKENIZERS = 8
-_QUOTE, _BRACKETS, _LETTER = re.compile(rb'"[\]}]*'), re.compile(rb"[\[{]?[\]}]+"), re.compile(rb"[a-z]")
+_QUOTE, _BRACKETS = re.compile(rb'"[\]}]*'), re.compile(rb"[\[{]?[\]}]+")
+_MARKS, _LETTER = re.compile(rb'[\[\]{}":,]+'), re.compile(rb"[a-z]")
+_REST = re.compile(rb"[\x80-\xbf]+")
 _PARALLEL = 32  # rows from which handing them to threads costs less than it saves
 
 
@@ -81,10 +83,12 @@ class Matcher:
         """Another matcher at the same place."""
         return Matcher(self._inner.deep_copy())
 
-    def way_out(self, closers: Closers, most: int) -> list[int] | None:
+    def way_out(self, closers: Closers, most: int, guess: bool = False) -> list[int] | None:
         """Tokens that make a whole sentence of what was consumed so far, empty where it is one; None where `most` tokens do not. What is
-        open is closed; where a value must come first, it is some value that the grammar allows."""
+        open is closed. Where a value must come first there is no way, unless to `guess` one of those that the grammar allows will do."""
         rest, way = self.copy(), list[int]()
+        if most < 0:
+            return None
         mask = np.zeros((1, len(closers.quotes)), np.int32)
         while not rest.is_accepting:
             run = rest.forced_run()
@@ -92,7 +96,7 @@ class Matcher:
                 fill_next_token_bitmask(rest._inner, mask, 0)
                 if closers.ends(mask[0]):
                     break
-                run = closers.best(mask[0])
+                run = closers.best(mask[0], guess)
             if not run or rest.error or len(way) + len(run) > most:
                 return None
             for token in run:
@@ -118,26 +122,30 @@ class Matcher:
 
 @dataclass(frozen=True, slots=True)
 class Closers:
-    """The tokens that close JSON, int32 [ceil(V / 32)] each: a quote with brackets behind it or none, and brackets alone. Within a string
-    brackets are letters like others, and at an array's first place a quote opens one: where letters may come, it is a string."""
+    """The tokens that close JSON, int32 [ceil(V / 32)] each: a quote with brackets behind it or none, brackets alone, marks of any kind.
+    `rest`: bytes that a letter of several still lacks. Within a string brackets are letters like others, and at an array's first place a
+    quote opens one: where letters may come, it is a string."""
 
     quotes: Mask
     brackets: Mask
+    marks: Mask
     letters: Mask
+    rest: Mask
     end: int
 
     def ends(self, mask: Mask) -> bool:
         """Whether the end of the turn may come."""
         return bool(mask[self.end // 32] >> (self.end % 32) & 1)
 
-    def best(self, mask: Mask) -> list[int]:
-        """What closes the most, else any token that the mask allows, if there is one: the last of tokens that are as good, since later
-        merges are longer, and the first of those that open something."""
+    def best(self, mask: Mask, guess: bool) -> list[int]:
+        """What closes the most: the last of tokens that are as good, since later merges are longer. Else the first mark, which opens
+        least; else, as a guess, the first token that the mask allows, which is short; or none."""
         within = (mask & self.letters).any()
-        for kind in (self.quotes, self.brackets) if within else (self.brackets, self.quotes):
+        for kind in (self.quotes,) if within else (self.brackets, self.quotes):
             if closing := _edge(mask & kind, -1):
                 return closing
-        return _edge(mask, 0)
+        more = [] if within else _edge(mask & self.marks, 0) or _edge(mask & self.rest, 0)
+        return more or (_edge(mask, 0) if guess else [])
 
 
 class GrammarEngine:
@@ -183,7 +191,7 @@ class GrammarEngine:
             bits[[token for token, text in enumerate(texts) if form.fullmatch(text)]] = 1
             return np.packbits(bits, bitorder="little").view(np.int32)
 
-        return Closers(those(_QUOTE), those(_BRACKETS), those(_LETTER), self.eos_id)
+        return Closers(those(_QUOTE), those(_BRACKETS), those(_MARKS), those(_LETTER), those(_REST), self.eos_id)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """A fresh matcher at the start of the grammar. Raises GrammarError when it does not compile."""

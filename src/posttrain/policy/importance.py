@@ -32,13 +32,16 @@ def layer_importance(policy: Policy, pack: Pack, ridge: float = 0.0) -> list[flo
     if ridge > 0:
         check_refit(policy)
     pack = pack.to(policy.device)
+    # layers that share their keys and values have them from a pass of those before
+    again = not getattr(policy.config.get_text_config(), "num_kv_shared_layers", 0)
     with _recorded(policy) as outputs:
         whole = policy.hidden(pack)[pack.rows]
     found = []
     for layer in range(len(outputs)):
         beside = layer + 1 if layer + 1 < len(outputs) else layer - 1
         fit = nullcontext() if ridge == 0 else _fitted(policy, beside, outputs[max(layer, beside)][0], ridge)
-        with _skipped(policy, [layer]), _replayed(policy, outputs[: layer if ridge == 0 else min(layer, beside)]), fit:
+        first = (layer if ridge == 0 else min(layer, beside)) if again else 0
+        with _skipped(policy, [layer]), _replayed(policy, outputs[:first]), fit:
             without = policy.hidden(pack)[pack.rows]
         found.append(float(policy.head.tokenwise(reverse_kl_tokens, whole, [(policy.head, without)]).mean()))
     return found

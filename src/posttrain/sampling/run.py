@@ -44,7 +44,7 @@ class Row:
     drawn: list[float] = field(default_factory=list)
     forced: list[bool] = field(default_factory=list)
     pending: list[int] = field(default_factory=list)
-    look: int = _LATE  # tokens left at which it is next asked how the turn could still end; -1: no more
+    look: int = _LATE  # tokens left at which it is next asked how the turn could still end
     closed: bool = False  # the grammar ended the turn, not the model
 
     @property
@@ -262,18 +262,17 @@ class Run(ABC):
 
     def _way_instead(self, row: Row, before: Matcher, left: int, turned: bool) -> list[int]:
         """The tokens to close with from `before` when, after what the row's matcher consumed since, `left` tokens hold no way out and its
-        end any more; else none. To find a way costs as much as choosing several tokens: a row is looked at where something was opened or
-        closed (`turned`), and else when half of what its way left over is spent."""
+        end any more; else none: also where closing would have to say what the model has not. To find a way costs as much as choosing
+        several tokens: a row is looked at where something was opened or closed (`turned`), and else when half of what its way left over is
+        spent."""
         assert row.matcher is not None and self.drawing.grammar is not None
-        if row.look < 0 or not (turned or left <= row.look or not self.options.jump):
+        if not (turned or left <= row.look or not self.options.jump):
             return []
         closers = self.drawing.grammar.closers
-        way = row.matcher.way_out(closers, left - 1) if left > 0 else None
-        if way is not None:
-            row.look = left - (left - 1 - len(way)) // 2
-            return []
-        row.look = -1
-        return before.way_out(closers, row.left - 1) or []
+        # a value that is missing the model may still say, if there is room
+        way = row.matcher.way_out(closers, left - 1, guess=True)
+        row.look = left // 2 if way is None else left - (left - 1 - len(way)) // 2
+        return [] if way is not None else before.way_out(closers, row.left - 1) or []
 
     def _retire(self) -> None:
         for place in range(len(self.rows) - 1, -1, -1):

@@ -145,7 +145,10 @@ class ServerSampler:
             drawn = [0.0] * len(ids)
         else:
             drawn = logprobs if plain and request.grammar is None else [math.nan] * len(ids)
-        closed = ids[-1:] == [self.end_of_turn]
+        closed = request.grammar is not None and not ended and ids[-1:] == [self.end_of_turn]
+        if closed:  # what a grammar closed with came without a choice
+            chosen = max((place for place, logprob in enumerate(logprobs) if logprob != 0), default=-1)
+            forced = (*forced[: chosen + 1], *(True,) * (len(ids) - chosen - 1))
         cut = StopReason.CLOSED if closed else StopReason.LENGTH
         return Sample(tuple(ids), tuple(logprobs), tuple(drawn), forced, StopReason.END_OF_TURN if ended else cut)
 
