@@ -259,6 +259,28 @@ def test_a_run_that_is_started_again_ends_with_the_same_student(shop: Shop) -> N
     assert resumed.fingerprint == distill.run(OPTIONS, sequences, shop.bench("whole")).fingerprint
 
 
+def test_a_run_that_is_started_again_keeps_the_layers_that_it_chose(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Crash(Exception): ...
+
+    def crash(phase: str, step: int, total: int, metrics: object) -> None:
+        if step == 5:
+            raise Crash
+
+    sequences = taught(shop)
+    with pytest.raises(Crash):
+        distill.run(OPTIONS, sequences, shop.bench("stopped", log=crash))
+    monkeypatch.delattr(distill, "layer_importance")  # it might judge otherwise on another machine
+    resumed = distill.run(OPTIONS, sequences, shop.bench("stopped"))
+    monkeypatch.undo()
+    assert resumed.fingerprint == distill.run(OPTIONS, sequences, shop.bench("whole")).fingerprint
+
+
+def test_a_student_of_all_layers_needs_no_judgement(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(distill, "layer_importance")
+    student = distill.run(replace(OPTIONS, layers=3, epochs=0.5), taught(shop), shop.bench())
+    assert student.config.num_hidden_layers == 3
+
+
 def test_a_teacher_that_changes_while_it_teaches_is_an_error(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = shop.bench()
     inner = Learner.step

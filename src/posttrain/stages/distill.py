@@ -6,6 +6,7 @@ The teacher is locked: its weights' fingerprint and its contract are recorded be
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from posttrain.contract import Sequence as Rendered
 from posttrain.errors import BaseModelError, IntegrityError, RecipeError
+from posttrain.files import write_json
 from posttrain.objectives.distill import hinton_tokens, reduce_tokens, state_distance_tokens
 from posttrain.objectives.tensors import Metrics
 from posttrain.policy.architecture import blocks_of
@@ -27,7 +29,7 @@ from posttrain.policy.weights import base_parameters, cut_layers, fingerprint
 from posttrain.ranges import Count, NonNegative, Positive, Share
 from posttrain.stages.bench import Work, Workbench, batches, learned_weight, train
 from posttrain.stages.sft import SftObjective
-from posttrain.training import Learner, OptimiserOptions, Scored
+from posttrain.training import Learner, OptimiserOptions, Scored, team
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +107,7 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
     locked = fingerprint(teacher.base)
     check(options, teacher.config)
     check_layers(options, teacher)
-    importance = layer_importance(teacher, _one_pack(taught, options.judged), options.refit)
-    kept = most_important(importance, options.layers, apart=options.refit == 0)
-    bench.log("layers", -1, 1, {f"nats_{layer}": nats for layer, nats in enumerate(importance)})
-    bench.log("layers", -1, 1, {f"kept_{layer}": float(layer in kept) for layer in range(len(importance))})
+    kept = _kept(options, taught, bench)
     student = Policy(cut_layers(teacher.base, kept))
     check_student(student, teacher, kept)
     student.recompute = teacher.recompute
@@ -138,6 +137,25 @@ def run(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -
             "the teacher changed while it taught", where="distill", remedy="this is a defect: report it with the run folder"
         )
     return student
+
+
+def _kept(options: DistillOptions, taught: Sequence[Rendered], bench: Workbench) -> tuple[int, ...]:
+    """The layers that the student keeps. Chosen once: a run that is started again goes on with the student that its checkpoint holds, also
+    where another machine's rounding would choose otherwise."""
+    count = len(blocks_of(bench.policy.base))
+    if options.layers == count:
+        return tuple(range(count))
+    chosen = bench.folder / "layers.json"
+    if chosen.exists() and (before := json.loads(chosen.read_text()))["identity"] == bench.identity:
+        return tuple(before["kept"])
+    importance = layer_importance(bench.policy, _one_pack(taught, options.judged), options.refit)
+    kept = most_important(importance, options.layers, apart=options.refit == 0)
+    bench.log("layers", -1, 1, {f"nats_{layer}": nats for layer, nats in enumerate(importance)})
+    bench.log("layers", -1, 1, {f"kept_{layer}": float(layer in kept) for layer in range(count)})
+    if team().first:
+        bench.folder.mkdir(parents=True, exist_ok=True)
+        write_json(chosen, {"identity": bench.identity, "kept": kept})
+    return kept
 
 
 def _one_pack(taught: Sequence[Rendered], most: int | None) -> Pack:
