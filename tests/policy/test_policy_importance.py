@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Gemma4TextConfig
 
 from posttrain.errors import BaseModelError
 from posttrain.policy import Pack, Policy, cut_layers
 from posttrain.policy.importance import layer_importance, most_important
 from posttrain.policy.refit import fit_layer
-from tiny_models import random_ids, sequence, tiny_model
+from tiny_models import SIZES, random_ids, sequence, tiny_model
 
 RNG = random.Random(5)
 PACK = Pack.of([sequence(ids, [3, len(ids) - 1]) for ids in (random_ids(12, RNG) for _ in range(4))])
@@ -64,6 +65,19 @@ def test_layers_that_cannot_be_fitted_are_refused_before_anything_is_computed() 
     with pytest.raises(BaseModelError, match="cannot be refitted"):
         layer_importance(policy, PACK, ridge=0.1)
     assert len(layer_importance(policy, PACK)) == len(policy.base.base_model.layers)
+
+
+@torch.no_grad()
+def test_layers_that_share_keys_and_values_are_judged_with_those_they_have_them_from() -> None:
+    own = {"head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8}
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = Gemma4TextConfig(
+        **{**SIZES, "vocab_size": 97, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": kinds, **own}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        policy = Policy(AutoModelForCausalLM.from_config(config).float().eval())
+    assert policy.packs and min(layer_importance(policy, PACK)) > 1e-3
 
 
 def test_neighbours_of_which_each_was_fitted_to_do_without_the_other_go_together() -> None:
