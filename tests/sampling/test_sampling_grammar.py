@@ -240,6 +240,7 @@ def test_a_call_is_closed_in_time_too(engine: LocalSampler, contract: Contract, 
     must = turn_grammar([find], {"enum": [1]}, max_calls=1)
     found = sample(engine, (*prompt, *contract.encode("<tool_call>")), must, SampleOptions(max_tokens=64, temperature=1.0))
     closed = [got for got in found if got.stop is StopReason.CLOSED]
+    assert closed
     for got in closed:
         (call,) = contract.parse(got.ids).tool_calls
         assert call.name == "find" and isinstance(json.loads(call.arguments)["query"], str)

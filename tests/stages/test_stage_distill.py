@@ -243,16 +243,22 @@ def test_a_bfloat16_student_learns_too(shop: Shop) -> None:
     assert student.dtype == torch.bfloat16 and kl(teacher, student, sequences) < before * 0.7
 
 
-def test_a_run_that_is_started_again_ends_with_the_same_student(shop: Shop) -> None:
+def stop_in_the_middle(shop: Shop, sequences: list[Sequence]) -> None:
+    """A run in the workbench "stopped" that fails in its sixth step."""
+
     class Crash(Exception): ...
 
     def crash(phase: str, step: int, total: int, metrics: object) -> None:
         if step == 5:
             raise Crash
 
-    sequences = taught(shop)
     with pytest.raises(Crash):
         distill.run(OPTIONS, sequences, shop.bench("stopped", log=crash))
+
+
+def test_a_run_that_is_started_again_ends_with_the_same_student(shop: Shop) -> None:
+    sequences = taught(shop)
+    stop_in_the_middle(shop, sequences)
     resumed = distill.run(OPTIONS, sequences, shop.bench("stopped"))
     repeated = [step for phase, step, _ in shop.notes.lines if phase == "train"]
     assert repeated[0] <= 5 and repeated == list(range(repeated[0], 16))
@@ -260,15 +266,8 @@ def test_a_run_that_is_started_again_ends_with_the_same_student(shop: Shop) -> N
 
 
 def test_a_run_that_is_started_again_keeps_the_layers_that_it_chose(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Crash(Exception): ...
-
-    def crash(phase: str, step: int, total: int, metrics: object) -> None:
-        if step == 5:
-            raise Crash
-
     sequences = taught(shop)
-    with pytest.raises(Crash):
-        distill.run(OPTIONS, sequences, shop.bench("stopped", log=crash))
+    stop_in_the_middle(shop, sequences)
     monkeypatch.delattr(distill, "layer_importance")  # it might judge otherwise on another machine
     resumed = distill.run(OPTIONS, sequences, shop.bench("stopped"))
     monkeypatch.undo()

@@ -98,7 +98,7 @@ def refusal_metric(task: Task) -> str | None:
 
 
 def turn_is_valid(task: Task, episode: Episode) -> bool:
-    """The first turn ended by itself and is a schema-valid answer or schema-valid calls of offered tools."""
+    """The first turn ended, by itself or closed by its grammar, and is a schema-valid answer or schema-valid calls of offered tools."""
     return bool(episode.turns) and _turn_valid(task, episode.turns[0].message, episode.turns[0].stop, episode.stop)
 
 
