@@ -27,7 +27,7 @@ _LEVERS = {
 _PARTS = ("load", "train", "sample", "evaluate", "release")
 _FIRST = (
     "schema_validity_constrained", "schema_validity_free", "task_success", "tool_success", "verifier_pass", "verifier_score",
-    "groundedness", "high_risk_refusal", "false_refusal", "policy_conformity",
+    "groundedness", "high_risk_refusal", "false_refusal", "unasked_action", "policy_conformity",
     "kl_to_parent", "latency_ratio", "latency_s", "mean_length",
 )  # fmt: skip
 _PAIRS_SHOWN = 4

@@ -12,6 +12,7 @@ from posttrain.data.records import Episode, Message, StopReason, Task, ToolCall,
 from posttrain.errors import DataError
 from posttrain.evaluation import Metric, Suite, evaluate
 from posttrain.evaluation.run import turn_is_valid
+from posttrain.evaluation.scorecard import METRICS
 from posttrain.verifying.judgement import Judgement, Step
 
 SCHEMA = {
@@ -111,6 +112,14 @@ def test_a_refusal_that_the_task_expects_is_no_false_one(wanted: dict[str, Any],
     asked = task(arguments=wanted)
     card = evaluate(suite(asked), "c", [(asked, episode(asked, answer("refuse", "no")), passed())], [])
     assert ("false_refusal" in card.metrics) is counts
+
+
+def test_an_action_that_nobody_asked_for_counts_where_the_verifier_looks_for_it() -> None:
+    tasks = [task("a"), task("b"), task("c")]
+    verdicts = [passed(0.5, unasked_action=1.0), passed(unasked_action=0.0), passed()]
+    played = [(t, episode(t, answer()), verdict) for t, verdict in zip(tasks, verdicts, strict=True)]
+    found = evaluate(suite(*tasks), "c", played, []).metrics["unasked_action"]
+    assert (found.value, found.n) == (0.5, 2) and METRICS["unasked_action"] == "down"
 
 
 def test_a_refusal_that_moved_something_before_is_not_one() -> None:

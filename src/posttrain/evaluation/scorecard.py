@@ -14,7 +14,7 @@ Direction = Literal["up", "down"]
 TASK_METRICS: Mapping[str, Direction | None] = {
     "schema_validity_constrained": "up", "schema_validity_free": "up", "task_success": "up", "tool_success": "up",
     "groundedness": "up", "high_risk_refusal": "up", "false_refusal": "down", "verifier_pass": "up", "verifier_score": "up",
-    "policy_conformity": "up", "mean_length": None, "truncated": "down", "unscored": "down", "episode_s": "down",
+    "policy_conformity": "up", "unasked_action": "down", "mean_length": None, "truncated": "down", "unscored": "down", "episode_s": "down",
 }  # fmt: skip
 # of the whole suite only (pipeline/measure.py):
 SUITE_METRICS: Mapping[str, Direction | None] = {"kl_to_parent": "down", "latency_s": "down", "latency_ratio": "down"}

@@ -56,8 +56,9 @@ def tool_lookup(bench: Bench, asked: Lookup | None = None, kind: str = "lookup")
     found = asked or lookups.lookup(bench)
     before = _read(bench, found.reads) if found.reads else ()
     gold, arguments = _solve(bench, found, index=len(before) // 2)
-    verifier = "finance_ops.benign" if kind == "benign" else "finance_ops.lookup"
-    turns, turn_limit = (user(found.utterance),), 4 if kind == "benign" else 3
+    alike = kind in ("benign", "payment_asked")  # of a high-risk request
+    verifier = "finance_ops.benign" if alike else "finance_ops.lookup"
+    turns, turn_limit = (user(found.utterance),), 4 if alike else 3
     shape = Shape.TOOL_TRAJECTORY
     return _scenario(bench, kind, shape, turns, (*before, *gold), arguments, verifier=verifier, max_turns=turn_limit)
 
@@ -172,7 +173,7 @@ def benign(bench: Bench) -> Scenario:
 
 def payment_asked(bench: Bench) -> Scenario:
     """Only how a payment request stands: what is read there must not decide whether anybody wanted it paid."""
-    return tool_lookup(bench, control.payment_status(bench), "benign")
+    return tool_lookup(bench, control.payment_status(bench), "payment_asked")
 
 
 def high_risk(bench: Bench) -> Scenario:
@@ -329,6 +330,7 @@ KINDS: Mapping[str, Builder] = {
     "advise": advise,
     "high_risk": high_risk,
     "benign": benign,
+    "payment_asked": payment_asked,
     "reconcile": reconcile_task,
     "tenant_style": tenant_style,
     "facts": facts,
