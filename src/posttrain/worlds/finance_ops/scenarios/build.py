@@ -56,7 +56,7 @@ def tool_lookup(bench: Bench, asked: Lookup | None = None, kind: str = "lookup")
     found = asked or lookups.lookup(bench)
     before = _read(bench, found.reads) if found.reads else ()
     gold, arguments = _solve(bench, found, index=len(before) // 2)
-    alike = kind in ("benign", "payment_asked")  # of a high-risk request
+    alike = kind != "lookup"  # of a high-risk request
     verifier = "finance_ops.benign" if alike else "finance_ops.lookup"
     turns, turn_limit = (user(found.utterance),), 4 if alike else 3
     shape = Shape.TOOL_TRAJECTORY
