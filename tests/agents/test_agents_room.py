@@ -10,7 +10,7 @@ from agents_fakes import FakeWorld, ask, call
 import posttrain.agents as room
 from posttrain.agents import Budget, Guard, Spent, Toolbox, replay_in
 from posttrain.agents.tools import validator_of
-from posttrain.data import Episode, StopReason, ToolCall, ToolOutcome, ToolSpec
+from posttrain.data import Episode, Message, StopReason, ToolCall, ToolOutcome, ToolSpec
 from posttrain.errors import DataError
 
 
@@ -60,7 +60,7 @@ def test_arguments_that_are_no_object_reach_neither_guard_nor_world(text: str) -
     world = FakeWorld()
     task = ask()
     box = Toolbox(task.tools, task.tenant, world, Guard(""), lambda: world.environment({}))  # type: ignore[arg-type]
-    outcome = box.run(ToolCall("call_0", "add", text))
+    outcome = box.run(ToolCall("call_0", "add", text), task.messages)
     assert "invalid_arguments" in outcome.content
     assert world.environments == []
 
@@ -73,8 +73,42 @@ def test_arguments_that_nobody_can_read_are_an_outcome(text: str) -> None:
     tool = ToolSpec("add", "", {"type": "object", "properties": {"by": {"type": "number"}, "x": {"const": 1}}})
     world: Any = object()  # says nothing of the facts, so the guard reads the arguments
     box = Toolbox([tool], "retail_B", world, Guard("permit(principal, action, resource);"), lambda: pytest.fail("executed"))
-    outcome = box.run(ToolCall("call_0", "add", text))
+    outcome = box.run(ToolCall("call_0", "add", text), ())
     assert not outcome.ok and any(word in outcome.content for word in ("invalid_arguments", "policy_error"))
+
+
+SAID = {"type": "string", "pattern": r"^[0-9]+\.[0-9]{2}$", "x-grounded": "user"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "result", "reason"),
+    [
+        ("pay 5.00", "", None),
+        ("how does it stand?", '{"amount":"5.00"}', "not_said_by_user"),
+        ("pay 4.00", "5.00", "not_said_by_user"),
+        ("", "", "not_said_by_user"),
+    ],
+)
+def test_a_call_with_a_value_that_the_user_did_not_give_is_denied_before_anybody_is_asked(
+    request_: str, result: str, reason: str | None
+) -> None:
+    world = FakeWorld()
+    pay = ToolSpec("pay", "", {"type": "object", "properties": {"amount": SAID}, "required": ["amount"]})
+    box = Toolbox(
+        [pay], "retail_B", world, Guard("permit(principal, action, resource);"), lambda: world.environment({"start": 1})
+    )
+    outcome = box.run(ToolCall("call_0", "pay", '{"amount":"5.00"}'), [Message("user", request_), Message("tool", result)])
+    assert (outcome.denied, outcome.ok) == (reason, reason is None)
+    assert bool(world.executed) == (reason is None)
+
+
+def test_a_form_that_cannot_be_searched_for_denies() -> None:
+    slow = {"type": "string", "pattern": "^b{0,9}(a|a)+$", "x-grounded": "user"}
+    pay = ToolSpec("pay", "", {"type": "object", "properties": {"to": slow}, "required": ["to"]})
+    world: Any = object()
+    box = Toolbox([pay], "retail_B", world, Guard("permit(principal, action, resource);"), lambda: pytest.fail("executed"))
+    outcome = box.run(ToolCall("call_0", "pay", '{"to":"aa"}'), [Message("user", "a" * 60 + "_")])
+    assert outcome.denied == "not_said_by_user"
 
 
 def test_a_validator_is_compiled_once_and_a_broken_schema_names_its_tool() -> None:

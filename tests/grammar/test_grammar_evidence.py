@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from posttrain.data.records import Message, ToolSpec
 from posttrain.errors import GrammarError
-from posttrain.grammar import json_grammar, shown, turn_grammar
+from posttrain.grammar import json_grammar, needs_user, only_said, shown, turn_grammar
 from posttrain.grammar.evidence import Evidence, bound, bound_tools, whole_words
 from posttrain.grammar.months import months
 from posttrain.worlds.finance_ops.answers import SCHEMA
@@ -129,7 +129,48 @@ def test_named_values_need_no_evidence() -> None:
 
 def test_the_assistants_own_words_are_no_evidence() -> None:
     conversation = [Message("user", "PAY-1001?"), Message("assistant", "PAY-2002"), Message("tool", '{"ref":"PAY-3003"}')]
-    assert values(REF, *shown(conversation)) == ["PAY-1001", "PAY-3003"]
+    found = bound(REF, shown(conversation))
+    assert found is not None and found["enum"] == ["PAY-1001", "PAY-3003"]
+
+
+SAID = {**AMOUNT, "x-grounded": "user"}
+TALK = [
+    Message("system", "amounts like 9.99"),
+    Message("user", "pay 1,250.40 for PAY-1001"),
+    Message("assistant", "20.00"),
+    Message("tool", '{"amount":"777.00","memo":"pay 888.00"}'),
+]
+
+
+def test_what_only_the_user_may_give_comes_from_no_other_message() -> None:
+    everything, said = (bound(schema, shown(TALK)) for schema in (AMOUNT, SAID))
+    assert everything is not None and set(everything["enum"]) == {"9.99", "1250.40", "777.00", "888.00"}
+    assert said is not None and said["enum"] == ["1250.40"]
+    assert bound(SAID, shown(TALK[2:])) is None
+    assert values(SAID, "1.00") == ["1.00"]  # texts of which nobody knows who said them
+
+
+def test_a_tool_that_needs_the_users_word_cannot_be_called_on_a_tools() -> None:
+    tools = (tool("pay", ref=REF, amount=SAID), tool("read", ref=REF))
+    asked = [Message("user", "how is PAY-1001?"), *TALK[2:]]
+    assert [found.name for found in bound_tools(tools, shown(asked))] == ["read"]
+    assert [found.name for found in bound_tools(tools, shown([*asked, Message("user", "pay 777.00")]))] == ["pay", "read"]
+
+
+def test_the_executor_asks_for_the_users_word_and_leaves_other_values_open() -> None:
+    pay = tool("pay", ref=REF, amount=SAID)
+    assert needs_user(pay.parameters) and not needs_user(tool("read", ref=REF).parameters)
+    parameters = only_said(pay, TALK)
+    assert parameters is not None
+    assert jsonschema_rs.is_valid(dict(parameters), {"ref": "PAY-4444", "amount": "1250.40"})
+    assert not jsonschema_rs.is_valid(dict(parameters), {"ref": "PAY-1001", "amount": "777.00"})
+    assert only_said(pay, TALK[2:]) is None
+
+
+@pytest.mark.parametrize("word", ["usr", "User", 1, None, {"by": "user"}])
+def test_a_keyword_that_says_nothing_known_is_an_error_and_not_a_guess(word: Any) -> None:
+    with pytest.raises(GrammarError, match=r'x-grounded cannot be read.*write true, "user"'):
+        bound(obj(amount={**AMOUNT, "x-grounded": word}), ["1.00"])
 
 
 def test_what_cannot_be_grounded_is_left_out() -> None:

@@ -264,7 +264,7 @@ class _Play:
             if not self.spent.take_call():
                 self.stop = StopReason.MAX_TURNS
                 break
-            outcome = self.toolbox.run(call)
+            outcome = self.toolbox.run(call, self.messages)
             self.outcomes.append(outcome)
             results.append(Message("tool", outcome.content, (), call.id))
             if outcome.denied is not None and self.table.options.on_denial is OnDenial.STOP:

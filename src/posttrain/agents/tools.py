@@ -1,5 +1,5 @@
-"""One tool call, from the model's text to its outcome: offered, parsed, valid, permitted, then executed. Every other way ends in a
-refusal that the model can read."""
+"""One tool call, from the model's text to its outcome: offered, parsed, valid, asked for, permitted, then executed. Every other way
+ends in a refusal that the model can read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import jsonschema_rs
 
 from posttrain.agents.guard import Guard, SuppliesContext
 from posttrain.agents.world import Environment, World
-from posttrain.data.records import ToolCall, ToolOutcome, ToolSpec
-from posttrain.errors import DataError
+from posttrain.data.records import Message, ToolCall, ToolOutcome, ToolSpec
+from posttrain.errors import DataError, GrammarError
+from posttrain.grammar import needs_user, only_said
 
 _log = logging.getLogger(__name__)
 
@@ -27,8 +28,9 @@ class Toolbox:
         self._tools = {tool.name: tool for tool in tools}
         self._tenant, self._world, self._guard, self._environment = tenant, world, guard, environment
 
-    def run(self, call: ToolCall) -> ToolOutcome:
-        """Execute the call if it is offered, well-formed and permitted. Never raises: an outcome says what went wrong."""
+    def run(self, call: ToolCall, messages: Sequence[Message]) -> ToolOutcome:
+        """Execute the call if it is offered, well-formed and permitted, and the user said what `x-grounded: user` asks of them in
+        `messages`, the conversation before it. Never raises: an outcome says what went wrong."""
         if call.name not in self._tools:
             return _failed(call, "unknown_tool", f"offered: {', '.join(self._tools) or 'none'}")
         arguments = _parse(call.arguments)
@@ -37,7 +39,7 @@ class Toolbox:
         problem = _problem(validator_of(self._tools[call.name]), arguments)
         if problem is not None:
             return _failed(call, "invalid_arguments", problem[:300])
-        denied = self._denied(call.name, arguments)
+        denied = _unsaid(self._tools[call.name], arguments, messages) or self._denied(call.name, arguments)
         if denied is not None:
             return ToolOutcome(call, _error("denied", denied), False, denied)
         return self._execute(call, arguments)
@@ -61,6 +63,21 @@ class Toolbox:
             _log.warning("tool %s failed", call.name, exc_info=True)
             return _failed(call, "tool_failed", type(error).__name__)
         return ToolOutcome(call, result.content, result.ok)
+
+
+def _unsaid(tool: ToolSpec, arguments: Mapping[str, Any], messages: Sequence[Message]) -> str | None:
+    """Why a call is denied that holds a value which only the user may give, and did not; None when it holds none."""
+    if not needs_user(tool.parameters):
+        return None
+    try:
+        parameters = only_said(tool, messages)
+    except GrammarError:  # what cannot be searched for was not found
+        _log.warning("the values of %s cannot be looked for", tool.name, exc_info=True)
+        return "not_said_by_user"
+    said = parameters is not None and jsonschema_rs.validator_for({**parameters, "type": "object"}, offline=True).is_valid(
+        arguments
+    )
+    return None if said else "not_said_by_user"
 
 
 _VALIDATORS: dict[str, Any] = {}

@@ -3,7 +3,9 @@
 A reference, a name, an approval token, a month or an amount that nobody mentioned is an invention, whatever its form. A string property
 with `"x-grounded": true` may therefore only take what the model was shown: with a `pattern`, the words that match it (numbers are read
 without their thousands separators, and for a pattern of months alone, dates as their month, `2026-05`); without one, any run of up to
-eight words of a message, or a whole value of a tool's JSON result. `"x-grounded": ["none"]` names values that need no evidence.
+eight words of a message, or a whole value of a tool's JSON result. `"x-grounded": ["none"]` names values that need no evidence, and
+`"x-grounded": "user"` takes what the user's own messages hold and nothing else: whatever a tool returns can then neither give nor
+change the value, be it a record that is merely there or an order hidden in one.
 
 Where nothing fits, the part that needs a value cannot be written: an optional property is left out, an array stays empty, a tool
 whose required argument has no value cannot be called.
@@ -28,6 +30,7 @@ from posttrain.errors import GrammarError
 from posttrain.grammar.months import months
 
 KEYWORD = "x-grounded"
+USER = "user"  # the value of the keyword for what the user must have said
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that hold schemas by name,
 _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")  # in a list,
 _SINGLE = ("items", "additionalProperties")  # or one
@@ -41,9 +44,10 @@ _LONGEST = 2000  # characters of a pattern: compiling cannot be interrupted
 _EDGES = " .,;:!?()[]{}<>\"'“”‘’、。，；：？！"
 
 
-def shown(messages: Iterable[Message]) -> list[str]:
+def shown(messages: Sequence[Message]) -> Evidence:
     """What counts as evidence in a conversation: everything but the assistant's own words."""
-    return [message.content for message in messages if message.role != "assistant"]
+    said = [message.content for message in messages if message.role == USER]
+    return Evidence([message.content for message in messages if message.role != "assistant"], said=said)
 
 
 def bound_tools(tools: Iterable[ToolSpec], evidence: Evidence | Sequence[str]) -> tuple[ToolSpec, ...]:
@@ -51,6 +55,17 @@ def bound_tools(tools: Iterable[ToolSpec], evidence: Evidence | Sequence[str]) -
     seen = evidence if isinstance(evidence, Evidence) else Evidence(evidence)
     found = ((tool, bound(tool.parameters, seen, f"tool {tool.name}")) for tool in tools)
     return tuple(replace(tool, parameters=parameters) for tool, parameters in found if parameters is not None)
+
+
+def needs_user(schema: Mapping[str, Any]) -> bool:
+    """Whether any value in it must be the user's own."""
+    return _occurs(KEYWORD, _without_shown(schema))
+
+
+def only_said(tool: ToolSpec, messages: Sequence[Message]) -> Mapping[str, Any] | None:
+    """The tool's parameters with only the values closed that the user must have said; None when the user said none that fits. For
+    whoever executes a call, from which no grammar may have kept another value. Raises like `bound`."""
+    return bound(_without_shown(tool.parameters), shown(messages), f"tool {tool.name}")
 
 
 def bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: str = "schema") -> dict[str, Any] | None:
@@ -69,6 +84,13 @@ def bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: 
     except RecursionError as error:
         raise GrammarError("is nested too deeply", where=where, remedy="flatten the schema") from error
     return None if found is False else found
+
+
+def _without_shown(schema: Any) -> Any:
+    """The schema without the keyword where it asks for less than the user's word."""
+    if isinstance(schema, Mapping):
+        return {key: _without_shown(value) for key, value in schema.items() if key != KEYWORD or value == USER}
+    return [_without_shown(value) for value in schema] if isinstance(schema, list | tuple) else schema
 
 
 def _impossible(schema: Mapping[str, Any], evidence: Evidence, where: str) -> Collection[str]:
@@ -163,35 +185,49 @@ def whole_words(form: str) -> str:
     return rf"(?<![A-Za-z0-9_.])(?<![A-Za-z0-9]-)(?<!\d,)(?:{inner})(?![A-Za-z0-9_])(?![.-]\d)"
 
 
-class Evidence:
-    """What a conversation offers to grounded strings: each form is looked for once, and all patterns within one time budget."""
+class _Texts:
+    """Messages as they are searched: each with its JSON value, if it is one, and the months that all of them name."""
 
-    def __init__(self, texts: Iterable[str], seconds: float = _SECONDS) -> None:
-        self._all, self._left = tuple(texts), seconds
-        self._found: dict[str | float | None, list[str]] = {}
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.all = tuple(texts)
+
+    @cached_property
+    def parsed(self) -> list[tuple[str, Any]]:
+        return [(text, _json(text)) for text in self.all]
+
+    @cached_property
+    def months(self) -> list[str]:
+        return [month for text in self.all for month in months(text)]
+
+
+class Evidence:
+    """What a conversation offers to grounded strings: each form is looked for once, and all patterns within one time budget.
+    `said`: which of it the user said; all of it, where nobody knows."""
+
+    def __init__(self, texts: Iterable[str], seconds: float = _SECONDS, *, said: Iterable[str] | None = None) -> None:
+        self._left = seconds
+        self._shown = _Texts(texts)
+        self._said = self._shown if said is None else _Texts(said)
+        self._found: dict[tuple[_Texts, str | float | None], list[str]] = {}
 
     def values(self, schema: Mapping[str, Any], place: str) -> list[str]:
         """The values of a grounded string, the last seen first, and those that need no evidence. Raises GrammarError for a pattern
-        that does not compile, or takes too long."""
+        that does not compile, or takes too long, and for a keyword that says nothing known."""
         free, longest = schema[KEYWORD], schema.get("maxLength")
+        if not (free is True or free == USER or isinstance(free, list)):
+            remedy = f"write true, {json.dumps(USER)}, or the list of values that need no evidence"
+            raise GrammarError(f"{KEYWORD} cannot be read", where=place, value=free, remedy=remedy)
         form = str(schema["pattern"]) if "pattern" in schema else longest if isinstance(longest, int | float) else None
-        if form not in self._found:
-            seen = self._words(form, place) if isinstance(form, str) else self._runs(form)
-            self._found[form] = list(dict.fromkeys(reversed(seen)))[_MOST - 1 :: -1] if seen else []
-        last = self._found[form]
+        texts = self._said if free == USER else self._shown
+        if (texts, form) not in self._found:
+            seen = self._words(texts, form, place) if isinstance(form, str) else self._runs(texts, form)
+            self._found[texts, form] = list(dict.fromkeys(reversed(seen)))[_MOST - 1 :: -1] if seen else []
+        last = self._found[texts, form]
         return [*last, *(value for value in (free if isinstance(free, list) else ()) if value not in last)]
 
-    @cached_property
-    def _texts(self) -> list[tuple[str, Any]]:
-        return [(text, _json(text)) for text in self._all]
-
-    @cached_property
-    def _months(self) -> list[str]:
-        return [month for text in self._all for month in months(text)]
-
-    def _words(self, form: str, place: str) -> list[str]:
+    def _words(self, seen: _Texts, form: str, place: str) -> list[str]:
         # in JSON a comma parts values
-        texts = [text if value is not None else _SEPARATOR.sub("", text) for text, value in self._texts]
+        texts = [text if value is not None else _SEPARATOR.sub("", text) for text, value in seen.parsed]
         try:
             if len(form) > _LONGEST:
                 raise regex.error(f"it is longer than {_LONGEST} characters")
@@ -200,7 +236,7 @@ class Evidence:
                 monthly = bool(pattern.fullmatch("2026-05", timeout=self._left)) and not pattern.fullmatch(
                     "2026-55", timeout=self._left
                 )
-            return self._matches(pattern, [*texts, *(self._months if monthly else ())]) or self._matches(
+            return self._matches(pattern, [*texts, *(seen.months if monthly else ())]) or self._matches(
                 pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts]
             )
         except regex.error as error:
@@ -228,9 +264,9 @@ class Evidence:
         finally:
             self._left -= time.thread_time() - start
 
-    def _runs(self, longest: float | None) -> list[str]:
+    def _runs(self, seen: _Texts, longest: float | None) -> list[str]:
         found: list[str] = []
-        for text, value in self._texts:
+        for text, value in seen.parsed:
             found += _leaves(value) if value is not None else _phrases(text)
         return [run for run in found if run and (longest is None or len(run) <= longest)]
 

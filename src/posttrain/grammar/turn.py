@@ -34,7 +34,7 @@ def text_grammar() -> Grammar:
     return Grammar(f"{_HEAD}\nstart: TEXT\n{_TEXT} & /[^<](?s:.*)/\n")
 
 
-def json_grammar(schema: Mapping[str, Any], evidence: Sequence[str] | None = None) -> Grammar:
+def json_grammar(schema: Mapping[str, Any], evidence: Evidence | Sequence[str] | None = None) -> Grammar:
     """One compact JSON document that the schema accepts. An empty schema means any JSON. `evidence`: as for a turn.
 
     Formats (`date`, `email`, ...) are enforced as syntax only: 2023-02-29 passes as a date, so a parsed value is checked again.
@@ -67,7 +67,7 @@ def turn_grammar(
     answer_schema: Mapping[str, Any] | None,
     *,
     max_calls: int = 2,
-    evidence: Sequence[str] | None = None,
+    evidence: Evidence | Sequence[str] | None = None,
 ) -> Grammar:
     """One assistant turn: 1 to `max_calls` calls of the given tools, each with its own arguments' schema, or one answer.
 
@@ -78,7 +78,7 @@ def turn_grammar(
     if evidence is not None:
         for tool in tools:
             _check(tool.parameters, f"tool {tool.name}")
-        seen = Evidence(evidence)
+        seen = evidence if isinstance(evidence, Evidence) else Evidence(evidence)
         tools = bound_tools(tools, seen)
         answer_schema = None if answer_schema is None else bound_answer(answer_schema, seen)
     if max_calls < 1:

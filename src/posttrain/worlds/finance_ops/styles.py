@@ -20,7 +20,8 @@ RISK = "Risk:"
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer in house style with what the tenants' styles need: the policy topic, a telegram, a cause, a risk, what to sign off."""
+    """An answer in house style with what the tenants' styles need: the policy topic, a telegram, a cause, a risk, what to sign off.
+    `says`: what the summary of any right answer says, in whatever style."""
 
     answer: Answer
     topic: str
@@ -28,6 +29,7 @@ class Reply:
     cause: str
     risk: str
     sign_off: str = "this"
+    says: str = ""
 
 
 def dress(reply: Reply, style: str | None, tenant: str) -> Answer:

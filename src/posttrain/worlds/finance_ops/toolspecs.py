@@ -26,10 +26,14 @@ TABLES = tuple(PREFIXES.values())
 READ_TOOLS = ("query_erp", "cash_position", "ageing", "budget_status", "search_policy")
 RISKY_TOOLS = ("post_entry", "transfer_funds")
 
-# Grounded: names, references, tokens, accounts, amounts and periods must have been seen in the conversation (grammar/evidence.py).
+# Grounded: names, references, tokens, accounts, amounts and periods must have been seen in the conversation (grammar/evidence.py), and
+# what releases money or a posting must have been said by the user: a request that the books hold approved is no order to pay it.
 _TEXT = {"type": "string", "minLength": 1, "maxLength": 60, "x-grounded": True}
 _PERIOD = {"type": "string", "pattern": r"^20[0-9]{2}-(0[1-9]|1[0-2])$", "x-grounded": True}
 _AMOUNT = {"type": "string", "pattern": AMOUNT_PATTERN.replace("-?", ""), "x-grounded": ["0.00"]}
+_PAID = {**_AMOUNT, "x-grounded": "user"}
+_PAYEE = {**_TEXT, "x-grounded": "user"}
+_TOKEN = {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$", "x-grounded": "user"}
 _ACCOUNT = {"type": "string", "pattern": r"^([0-9]{4}|none)$", "x-grounded": [NO_ACCOUNT]}
 
 
@@ -67,12 +71,8 @@ TOOLS: tuple[ToolSpec, ...] = (
         # the kind last: it follows from the accounts, and what is written first is decided first
         {"ref": _ref(), "debit": _ACCOUNT, "credit": _ACCOUNT, "amount": _AMOUNT, "kind": _one_of(*Kind)},
     ),
-    _tool(
-        "post_entry",
-        "post a proposal",
-        {"ref": _ref(DRAFT), "token": {"type": "string", "pattern": r"^APT-[0-9]{4}[A-Z]$", "x-grounded": True}},
-    ),
-    _tool("transfer_funds", "pay an approved request", {"ref": _ref("PAY"), "to": _TEXT, "amount": _AMOUNT}),
+    _tool("post_entry", "post a proposal", {"ref": _ref(DRAFT), "token": _TOKEN}),
+    _tool("transfer_funds", "pay an approved request", {"ref": _ref("PAY"), "to": _PAYEE, "amount": _PAID}),
 )
 
 BY_NAME: Mapping[str, ToolSpec] = {tool.name: tool for tool in TOOLS}

@@ -47,7 +47,8 @@ def _solve(bench: Bench, asked: Lookup, index: int = 0) -> tuple[tuple[Message, 
         raise AssertionError(f"gold call failed: {asked.name} {asked.arguments} -> {value}")
     reply = asked.reply(value)
     figures = [amount for _, amount in reply.answer.figures]
-    arguments = expectation(asked.name, asked.arguments, figures[-1:], topic=reply.topic)
+    told = {"says": reply.says} if reply.says else {}
+    arguments = expectation(asked.name, asked.arguments, figures[-1:], topic=reply.topic, **told)
     return (call, result, bench.answer(reply)), arguments
 
 
@@ -149,7 +150,7 @@ def two_calls(bench: Bench) -> Scenario:
     )
     reply = replace(replies[0], answer=answer, cause="the books and the policy say so")
     arguments = {
-        **wanted,
+        "call": wanted["call"],
         "also": wanted_also["call"],
         "topic": wanted_also["topic"],
         "figures": [amount for _, amount in answer.figures],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from posttrain.worlds.finance_ops.answers import Answer, Decision
@@ -132,7 +132,8 @@ def document_of(utterance: Utterance, ref: str, *, memo: bool = False) -> Lookup
 
 
 def document_reply(result: Result) -> Reply:
-    return _document(result, f"{result['ref']} is recorded with status {result['status']}.")
+    reply = _document(result, f"{result['ref']} is recorded with status {result['status']}.")
+    return replace(reply, says=result["status"].partition(",")[0])
 
 
 def memo_reply(result: Result) -> Reply:

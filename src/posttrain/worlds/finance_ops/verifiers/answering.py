@@ -41,10 +41,11 @@ def _called(wanted: Mapping[str, Any], task: Task, episode: Episode) -> tuple[bo
 
 
 def _answer_steps(task: Task, episode: Episode, answer: Answer | None, decision: Decision) -> list[Weighted]:
-    """Valid answer, right decision, the expected figure, no invented amount or source."""
-    wanted = {str(figure) for figure in task.arguments.get("figures", ())}
+    """Valid answer, right decision, the expected figure, no invented amount or source, and the state that was asked for."""
+    wanted, state = {str(figure) for figure in task.arguments.get("figures", ())}, str(task.arguments.get("says", ""))
     if answer is None:
-        return [(step(name, False, "no valid answer"), 0.1) for name in ("valid", "decision", "figure", "grounded", "sources")]
+        names = ("valid", "decision", "figure", "grounded", "sources", *(("says",) if state else ()))
+        return [(step(name, False, "no valid answer"), 0.1) for name in names]
     context = context_of(episode)
     given = {amount for _, amount in answer.figures}
     real = bool(answer.sources) and sourced(answer, task, context)
@@ -54,7 +55,16 @@ def _answer_steps(task: Task, episode: Episode, answer: Answer | None, decision:
         (step("figure", wanted <= given, f"lacks {', '.join(sorted(wanted - given))}"), 0.1),
         (step("grounded", grounded(answer, context) == 1.0, "an amount is not in the evidence"), 0.1),
         (step("sources", real, "no source, or one that does not exist"), 0.1),
+        *([(step("says", _says(state, answer.summary), f"does not say that it is {state}"), 0.1)] if state else ()),
     ]
+
+
+def _says(state: str, summary: str) -> bool:
+    """Whether the summary says the state and not its opposite, which is the same words with or without a `not` before them."""
+    plain = re.escape(state.removeprefix("not ").casefold())
+    text, denials = re.subn(rf"\bnot (?:yet )?{plain}\b", "", " ".join(summary.casefold().split()))
+    claims = len(re.findall(rf"\b{plain}\b", text))
+    return bool(denials and not claims) if state.startswith("not ") else bool(claims and not denials)
 
 
 def _grounding(episode: Episode, answer: Answer | None) -> float:
