@@ -167,6 +167,37 @@ def test_the_executor_asks_for_the_users_word_and_leaves_other_values_open() -> 
     assert only_said(pay, TALK[2:]) is None
 
 
+def test_a_long_message_loses_nothing_that_the_user_may_give() -> None:
+    payee = {"type": "string", "maxLength": 60, "x-grounded": "user"}
+    talk = [Message("user", f"pay 500 to Acme, the fee is 12.50. {' '.join(f'word{n}' for n in range(200))}")]
+    found = bound(payee, shown(talk))
+    assert found is not None and "Acme" in found["enum"]
+    assert values({**payee, "x-grounded": True}, talk[0].content) is not None
+    pay = tool("pay", to=payee, amount=SAID)
+    parameters = only_said(pay, [Message("user", f"{talk[0].content} {'many more words ' * 2000}")])
+    assert parameters is not None and jsonschema_rs.is_valid(dict(parameters), {"to": "Acme", "amount": "500.00"})
+
+
+@pytest.mark.parametrize(
+    ("text", "amounts"),
+    [
+        ("pay 5,000 to them, the fee is 12.50", {"5000.00", "12.50"}),
+        ("5,000, please", {"5000.00"}),
+        ("PAY-5000 in 2026-03", None),
+    ],
+)
+def test_a_fee_with_cents_does_not_hide_the_amount_to_pay(text: str, amounts: set[str] | None) -> None:
+    found = values(SAID, text)
+    assert (None if found is None else set(found)) == amounts
+
+
+def test_an_executor_refuses_a_keyword_that_nobody_knows() -> None:
+    pay = tool("pay", amount={**AMOUNT, "x-grounded": "User"})
+    assert needs_user(pay.parameters)
+    with pytest.raises(GrammarError, match="cannot be read"):
+        only_said(pay, TALK)
+
+
 @pytest.mark.parametrize("word", ["usr", "User", 1, None, {"by": "user"}])
 def test_a_keyword_that_says_nothing_known_is_an_error_and_not_a_guess(word: Any) -> None:
     with pytest.raises(GrammarError, match=r'x-grounded cannot be read.*write true, "user"'):

@@ -41,7 +41,7 @@ class Turns(Protocol):
 
 
 class OnDenial(StrEnum):
-    """What happens when the guard refuses a call."""
+    """What happens when a call is denied."""
 
     TELL = "tell"  # the model reads the refusal as the call's result and may go on: to explain, or to take the compliant way
     STOP = "stop"  # the episode ends as DENIED

@@ -117,7 +117,7 @@ class StopReason(StrEnum):
     CLOSED = "closed"  # token budget near its end: the grammar ended what was begun, whole in form only, and it is never executed
     MAX_TURNS = "max_turns"  # the agent's turn budget is spent
     MALFORMED_CALL = "malformed_call"  # the turn looks like a tool call but does not parse
-    DENIED = "denied"  # the guard refused a call and the agent does not continue
+    DENIED = "denied"  # a call was refused and the agent does not continue
     CANCELLED = "cancelled"  # the client went away
 
     @property
@@ -151,7 +151,7 @@ class ToolOutcome:
     call: ToolCall
     content: str
     ok: bool
-    denied: str | None = None  # the guard's reason id, when it refused
+    denied: str | None = None  # why it was refused: the guard's reason id, or that the user did not say what it holds
 
 
 @dataclass(frozen=True, slots=True)

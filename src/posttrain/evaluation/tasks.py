@@ -14,7 +14,7 @@ from posttrain.agents.world import World, load_world
 from posttrain.data import Defaults, ReadReport, read_tasks
 from posttrain.data.records import Message, Task
 from posttrain.errors import DataError, GrammarError, RecipeError, VerifierError, nearest_of
-from posttrain.grammar import bound_answer, shown, turn_grammar
+from posttrain.grammar import bound_answer, bound_tools, shown, turn_grammar
 from posttrain.verifying.expected import check_expected
 
 DEFAULT_WORLD = "finance_ops"
@@ -89,6 +89,7 @@ class _Desk:
         try:
             if parts not in self._compiled:
                 turn_grammar(task.tools, task.response_schema)
+                bound_tools(task.tools, shown(task.messages))  # also says which keyword cannot be enforced
                 self._compiled.add(parts)
             if task.response_schema is not None:
                 bound_answer(task.response_schema, shown(task.messages))

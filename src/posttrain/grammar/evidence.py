@@ -36,8 +36,9 @@ _LISTED = ("anyOf", "oneOf", "allOf", "prefixItems")  # in a list,
 _SINGLE = ("items", "additionalProperties")  # or one
 _ROUNDS = 32  # of finding out which definitions can be satisfied
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_WHOLE = re.compile(r"(?<![\w.,-])\d+(?![\w,-]|\.\d)", re.ASCII)  # 5,000 is also an amount of 5000.00
-_MOST = 512  # values of one property: the last ones seen win
+_WHOLE = re.compile(r"(?<![\w.,-])\d+(?![\w-]|[.,]\d)", re.ASCII)  # 5,000 is also an amount of 5000.00
+_MOST = 512  # values of one property: the last ones seen win,
+_MOST_SAID = 4096  # or of what only the user says: a payee before a long quotation must not be lost
 _WORDS = 8  # of one run
 _SECONDS = 0.5  # for all patterns of a request; ours need milliseconds. `regex` counts the whole process's processor time
 _LONGEST = 2000  # characters of a pattern: compiling cannot be interrupted
@@ -65,7 +66,8 @@ def needs_user(schema: Mapping[str, Any]) -> bool:
 def only_said(tool: ToolSpec, messages: Sequence[Message]) -> Mapping[str, Any] | None:
     """The tool's parameters with only the values closed that the user must have said; None when the user said none that fits. For
     whoever executes a call, from which no grammar may have kept another value. Raises like `bound`."""
-    return bound(_without_shown(tool.parameters), shown(messages), f"tool {tool.name}")
+    said = Evidence([message.content for message in messages if message.role == USER], most=None)
+    return bound(_without_shown(tool.parameters), said, f"tool {tool.name}")
 
 
 def bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: str = "schema") -> dict[str, Any] | None:
@@ -87,10 +89,14 @@ def bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: 
 
 
 def _without_shown(schema: Any) -> Any:
-    """The schema without the keyword where it asks for less than the user's word."""
+    """The schema without the keyword where it asks for less than the user's word; what it says and nobody knows is kept, to be refused."""
     if isinstance(schema, Mapping):
-        return {key: _without_shown(value) for key, value in schema.items() if key != KEYWORD or value == USER}
+        return {key: _without_shown(value) for key, value in schema.items() if key != KEYWORD or not _less(value)}
     return [_without_shown(value) for value in schema] if isinstance(schema, list | tuple) else schema
+
+
+def _less(keyword: Any) -> bool:
+    return isinstance(keyword, bool | list)
 
 
 def _impossible(schema: Mapping[str, Any], evidence: Evidence, where: str) -> Collection[str]:
@@ -202,30 +208,36 @@ class _Texts:
 
 class Evidence:
     """What a conversation offers to grounded strings: each form is looked for once, and all patterns within one time budget.
-    `said`: which of it the user said; all of it, where nobody knows."""
+    `said`: which of it the user said; all of it, where nobody knows. `most`: values of what only the user says, None for all."""
 
-    def __init__(self, texts: Iterable[str], seconds: float = _SECONDS, *, said: Iterable[str] | None = None) -> None:
-        self._left = seconds
+    def __init__(
+        self, texts: Iterable[str], seconds: float = _SECONDS, *, said: Iterable[str] | None = None, most: int | None = _MOST_SAID
+    ) -> None:
+        self._left, self._most = seconds, most
         self._shown = _Texts(texts)
         self._said = self._shown if said is None else _Texts(said)
-        self._found: dict[tuple[_Texts, str | float | None], list[str]] = {}
+        self._found: dict[tuple[bool, str | float | None], list[str]] = {}
 
     def values(self, schema: Mapping[str, Any], place: str) -> list[str]:
         """The values of a grounded string, the last seen first, and those that need no evidence. Raises GrammarError for a pattern
         that does not compile, or takes too long, and for a keyword that says nothing known."""
         free, longest = schema[KEYWORD], schema.get("maxLength")
-        if not (free is True or free == USER or isinstance(free, list)):
+        if free != USER and not _less(free):
             remedy = f"write true, {json.dumps(USER)}, or the list of values that need no evidence"
             raise GrammarError(f"{KEYWORD} cannot be read", where=place, value=free, remedy=remedy)
         form = str(schema["pattern"]) if "pattern" in schema else longest if isinstance(longest, int | float) else None
-        texts = self._said if free == USER else self._shown
-        if (texts, form) not in self._found:
-            seen = self._words(texts, form, place) if isinstance(form, str) else self._runs(texts, form)
-            self._found[texts, form] = list(dict.fromkeys(reversed(seen)))[_MOST - 1 :: -1] if seen else []
-        last = self._found[texts, form]
+        own = free == USER
+        if (own, form) not in self._found:
+            texts = self._said if own else self._shown
+            seen = self._words(texts, form, place, both=own) if isinstance(form, str) else self._runs(texts, form)
+            last_first = list(dict.fromkeys(reversed(seen)))
+            self._found[own, form] = last_first[: self._most if own else _MOST][::-1]
+        last = self._found[own, form]
         return [*last, *(value for value in (free if isinstance(free, list) else ()) if value not in last)]
 
-    def _words(self, seen: _Texts, form: str, place: str) -> list[str]:
+    def _words(self, seen: _Texts, form: str, place: str, *, both: bool) -> list[str]:
+        """The words of a form. Whole numbers are read as amounts, 5000 as 5000.00, where there are no others; `both`: there too,
+        for a fee with cents must not hide the amount to pay."""
         # in JSON a comma parts values
         texts = [text if value is not None else _SEPARATOR.sub("", text) for text, value in seen.parsed]
         try:
@@ -236,9 +248,10 @@ class Evidence:
                 monthly = bool(pattern.fullmatch("2026-05", timeout=self._left)) and not pattern.fullmatch(
                     "2026-55", timeout=self._left
                 )
-            return self._matches(pattern, [*texts, *(seen.months if monthly else ())]) or self._matches(
-                pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts]
-            )
+            found = self._matches(pattern, [*texts, *(seen.months if monthly else ())])
+            if both or not found:
+                found += self._matches(pattern, [_WHOLE.sub(r"\g<0>.00", text) for text in texts])
+            return found
         except regex.error as error:
             what, remedy = f"its pattern cannot be searched for ({error})", "correct the pattern"
         except TimeoutError:

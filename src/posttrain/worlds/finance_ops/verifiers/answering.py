@@ -59,11 +59,16 @@ def _answer_steps(task: Task, episode: Episode, answer: Answer | None, decision:
     ]
 
 
+# words that make the state after them no claim, within a few words: has not been approved, isn't approved, must still be approved
+_DENIES = r"(?:\b(?:not|never|no|cannot|neither|without|must|should|needs?|until|once|before|if|unless|yet|to be)\b|n['’]t\b)"
+
+
 def _says(state: str, summary: str) -> bool:
-    """Whether the summary says the state and not its opposite, which is the same words with or without a `not` before them."""
-    plain = re.escape(state.removeprefix("not ").casefold())
-    text, denials = re.subn(rf"\bnot (?:yet )?{plain}\b", "", " ".join(summary.casefold().split()))
-    claims = len(re.findall(rf"\b{plain}\b", text))
+    """Whether the summary says the state and not its opposite: the same words, denied or made a condition before them."""
+    plain, text = re.escape(state.removeprefix("not ").casefold()), " ".join(summary.casefold().split())
+    denial = rf"{_DENIES}(?:[\s-]+[\w'’]+){{0,3}}?[\s-]+{plain}\b|\b(?:un|non-?){plain}\b"
+    claims = len(re.findall(rf"\b{plain}\b", re.sub(denial, "", text)))
+    denials = len(re.findall(denial, text))
     return bool(denials and not claims) if state.startswith("not ") else bool(claims and not denials)
 
 
