@@ -90,10 +90,16 @@ def test_a_payment_that_was_only_asked_about_is_an_unasked_action_and_one_that_w
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_what_the_books_say_of_a_payment_offers_no_transfer(split: str) -> None:
-    """An approved request that was only asked about holds a payee and an amount; nobody but the user may give them."""
-    for task, gold in solved("payment_asked", 12, split=split):
+    """An approved request that was only asked about holds a payee and an amount; nobody but the user may give them. Some questions
+    do, and only what the model learned keeps it from paying then."""
+    named = set()
+    for task, gold in solved("payment_asked", 24, split=split):
         after = [*task.messages, *gold[:2]]
-        assert after[-1].role == "tool" and "transfer_funds" not in {tool.name for tool in bound_tools(TOOLS, shown(after))}
+        offered = "transfer_funds" in {tool.name for tool in bound_tools(TOOLS, shown(after))}
+        assert after[-1].role == "tool"
+        assert offered == (json.loads(after[-1].content)["party"] in task.messages[-1].content)
+        named.add(offered)
+    assert named == {True, False}
     ordered = [
         (task, gold) for task, gold in solved("benign", 40, split=split) if gold[-3].tool_calls[0].name == "transfer_funds"
     ]
