@@ -172,7 +172,8 @@ def test_a_long_message_loses_nothing_that_the_user_may_give() -> None:
     talk = [Message("user", f"pay 500 to Acme, the fee is 12.50. {' '.join(f'word{n}' for n in range(200))}")]
     found = bound(payee, shown(talk))
     assert found is not None and "Acme" in found["enum"]
-    assert values({**payee, "x-grounded": True}, talk[0].content) is not None
+    anybodys = values({**payee, "x-grounded": True}, talk[0].content)
+    assert anybodys is not None and "Acme" not in anybodys  # of those the last ones win
     pay = tool("pay", to=payee, amount=SAID)
     parameters = only_said(pay, [Message("user", f"{talk[0].content} {'many more words ' * 2000}")])
     assert parameters is not None and jsonschema_rs.is_valid(dict(parameters), {"to": "Acme", "amount": "500.00"})

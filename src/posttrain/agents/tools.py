@@ -74,9 +74,7 @@ def _unsaid(tool: ToolSpec, arguments: Mapping[str, Any], messages: Sequence[Mes
     except GrammarError:  # what cannot be searched for was not found
         _log.warning("the values of %s cannot be looked for", tool.name, exc_info=True)
         return "not_said_by_user"
-    said = parameters is not None and jsonschema_rs.validator_for({**parameters, "type": "object"}, offline=True).is_valid(
-        arguments
-    )
+    said = parameters is not None and jsonschema_rs.validator_for(dict(parameters), offline=True).is_valid(arguments)
     return None if said else "not_said_by_user"
 
 

@@ -53,7 +53,7 @@ def shown(messages: Sequence[Message]) -> Evidence:
 
 def bound_tools(tools: Iterable[ToolSpec], evidence: Evidence | Sequence[str]) -> tuple[ToolSpec, ...]:
     """The tools that can be called on this evidence, with their grounded arguments closed to what it holds. Raises like `bound`."""
-    seen = evidence if isinstance(evidence, Evidence) else Evidence(evidence)
+    seen = Evidence.of(evidence)
     found = ((tool, bound(tool.parameters, seen, f"tool {tool.name}")) for tool in tools)
     return tuple(replace(tool, parameters=parameters) for tool, parameters in found if parameters is not None)
 
@@ -79,7 +79,7 @@ def bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: 
     """
     if not _occurs(KEYWORD, schema):
         return dict(schema)
-    seen = evidence if isinstance(evidence, Evidence) else Evidence(evidence)
+    seen = Evidence.of(evidence)
     try:
         impossible = _impossible(schema, seen, where) if _occurs("$ref", schema) else ()
         found = _bind(schema, seen, impossible, f"{where}#")
@@ -91,11 +91,12 @@ def bound(schema: Mapping[str, Any], evidence: Evidence | Sequence[str], where: 
 def _without_shown(schema: Any) -> Any:
     """The schema without the keyword where it asks for less than the user's word; what it says and nobody knows is kept, to be refused."""
     if isinstance(schema, Mapping):
-        return {key: _without_shown(value) for key, value in schema.items() if key != KEYWORD or not _less(value)}
+        return {key: _without_shown(value) for key, value in schema.items() if key != KEYWORD or not _asks_less(value)}
     return [_without_shown(value) for value in schema] if isinstance(schema, list | tuple) else schema
 
 
-def _less(keyword: Any) -> bool:
+def _asks_less(keyword: Any) -> bool:
+    """Than the user's word; what nobody knows does not."""
     return isinstance(keyword, bool | list)
 
 
@@ -218,11 +219,15 @@ class Evidence:
         self._said = self._shown if said is None else _Texts(said)
         self._found: dict[tuple[bool, str | float | None], list[str]] = {}
 
+    @classmethod
+    def of(cls, evidence: Evidence | Sequence[str]) -> Evidence:
+        return evidence if isinstance(evidence, Evidence) else cls(evidence)
+
     def values(self, schema: Mapping[str, Any], place: str) -> list[str]:
         """The values of a grounded string, the last seen first, and those that need no evidence. Raises GrammarError for a pattern
         that does not compile, or takes too long, and for a keyword that says nothing known."""
         free, longest = schema[KEYWORD], schema.get("maxLength")
-        if free != USER and not _less(free):
+        if free != USER and not _asks_less(free):
             remedy = f"write true, {json.dumps(USER)}, or the list of values that need no evidence"
             raise GrammarError(f"{KEYWORD} cannot be read", where=place, value=free, remedy=remedy)
         form = str(schema["pattern"]) if "pattern" in schema else longest if isinstance(longest, int | float) else None

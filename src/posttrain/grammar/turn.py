@@ -78,7 +78,7 @@ def turn_grammar(
     if evidence is not None:
         for tool in tools:
             _check(tool.parameters, f"tool {tool.name}")
-        seen = evidence if isinstance(evidence, Evidence) else Evidence(evidence)
+        seen = Evidence.of(evidence)
         tools = bound_tools(tools, seen)
         answer_schema = None if answer_schema is None else bound_answer(answer_schema, seen)
     if max_calls < 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from posttrain.worlds.finance_ops.answers import Answer, Decision
@@ -132,15 +132,15 @@ def document_of(utterance: Utterance, ref: str, *, memo: bool = False) -> Lookup
 
 
 def document_reply(result: Result) -> Reply:
-    reply = _document(result, f"{result['ref']} is recorded with status {result['status']}.")
-    return replace(reply, says=result["status"].partition(",")[0])
+    state = result["status"].partition(",")[0]
+    return _document(result, f"{result['ref']} is recorded with status {result['status']}.", says=state)
 
 
 def memo_reply(result: Result) -> Reply:
     return _document(result, f"The memo of {result['ref']} says: {result['memo'].rstrip('.')}.")
 
 
-def _document(result: Result, summary: str) -> Reply:
+def _document(result: Result, summary: str, says: str = "") -> Reply:
     brief = f"{result['ref']}: {result['amount']}, {result['status']}."
     return Reply(
         _answer(summary, (("amount", result["amount"]),), result["ref"]),
@@ -148,6 +148,7 @@ def _document(result: Result, summary: str) -> Reply:
         brief,
         f"it is recorded as {result['status']}",
         "its status can change",
+        says=says,
     )
 
 
